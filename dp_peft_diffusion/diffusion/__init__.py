@@ -1,0 +1,1 @@
+"""Base models, adapters, images, objectives and sampling."""

@@ -1,0 +1,186 @@
+"""The rows of a data set, listed in a fixed order before anything is decoded.
+
+No private byte is written to disk. Parquet rows are read with pyarrow, since `datasets.load_dataset` copies every image
+into its Arrow cache, downloads Hub files to HF_HOME whatever its `cache_dir`, and raises when one ClassLabel is out of
+range. `datasets` resolves Hub names and reads ClassLabel names; the rows of a Hub data set are streamed.
+"""
+
+import itertools
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from dp_peft_diffusion.diffusion.decoding import image_extensions
+from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.recipe import Data
+
+SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev")
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+DIGITS_SPLITS = {"train": (0, 1437), "test": (1437, 1797), "choose": (1437, 1617), "report": (1617, 1797)}
+
+
+class Row(NamedTuple):
+    """A row before decoding."""
+
+    name: str
+    image: Path | pa.Scalar | Image.Image
+    label: Any
+
+
+class Listing(NamedTuple):
+    """Rows as listed. `label_names`: what the source itself calls its classes; None for bare values."""
+
+    num_rows: int
+    rows: Iterator[Row]
+    label_names: tuple[str, ...] | None
+    labelled: bool
+
+
+def list_rows(data: Data, cache_dir: Path | None) -> Listing:
+    name, path = data.dataset_name, Path(data.dataset_name).expanduser()
+    if name == "builtin:digits":
+        return _list_digits(data.split)
+    if files := parquet_files(path, data.split):
+        return _list_parquet(files, data, None)
+    if path.is_dir():
+        return _list_folder(path, data)
+    if path.exists() or not HUB_NAME.fullmatch(name):
+        known = "an image folder, a .parquet file, a folder of them, a Hub name or builtin:digits"
+        raise UserError(f"--dataset_name {name!r}: no such folder or parquet file. It takes {known}.")
+    return _list_parquet(*_resolve_hub(data, cache_dir))
+
+
+def _list_digits(split: str) -> Listing:
+    """scikit-learn's 1,797 digits, 8 x 8 pixels of 0..16, in a fixed shuffled order."""
+    from sklearn.datasets import load_digits
+
+    if split not in DIGITS_SPLITS:
+        raise UserError(f"builtin:digits has no split {split!r}. Take one of: {', '.join(DIGITS_SPLITS)}.")
+    bunch = load_digits()
+    order = np.random.RandomState(0).permutation(1797)  # the one numpy stream promised never to change (NEP 19)
+    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    first, last = DIGITS_SPLITS[split]
+    rows = (Row(f"digit {i}", Image.fromarray(images[i]), int(bunch.target[i])) for i in order[first:last])
+    return Listing(last - first, rows, tuple(map(str, range(10))), True)
+
+
+def _list_folder(root: Path, data: Data) -> Listing:
+    folders = _folders(root)
+    if folders and set(folders) <= set(SPLIT_NAMES):
+        root = root / data.split
+        folders = _folders(root) if root.is_dir() else []
+    if not root.is_dir() or (data.split != "train" and root.name != data.split):
+        raise UserError(f"{data.dataset_name!r} has no folder {data.split!r}. Check --split, or leave it out.")
+    if data.label_column not in (None, "label"):
+        raise UserError(f"no column {data.label_column!r}: an image folder has the columns image, label.")
+    found = itertools.chain(root.iterdir(), *((root / folder).rglob("*") for folder in folders))
+    names = sorted(path.relative_to(root).parts for path in found if path.suffix.lower() in image_extensions())
+    names = [parts for parts in names if not any(p.startswith(".") for p in parts) and root.joinpath(*parts).is_file()]
+    rows = (Row("/".join(p), root.joinpath(*p), p[0] if len(p) > 1 else None) for p in names)
+    return Listing(len(names), rows, tuple(folders), bool(folders))
+
+
+def _folders(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def image_extensions() -> set[str]:
+    return {extension for extension, name in Image.registeredimage_extensions().items() if name in FORMATS}
+
+
+def parquet_files(path: Path, split: str) -> list[Path]:
+    """The parquet files of a split: those named after it; all, when no file is named after any split."""
+    if path.is_file() and path.suffix == ".parquet":
+        return [path]
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else []
+    split_of = {file: re.split(r"[-_.]", file.name)[0] for file in files}
+    if any(named == split or named in SPLIT_NAMES for named in split_of.values()):
+        chosen = [file for file in files if split_of[file] == split]
+    else:
+        chosen = files if split == "train" else []
+    if files and not chosen:
+        raise UserError(f"{str(path)!r} has no files of split {split!r}; it has {', '.join(f.name for f in files)}.")
+    return chosen
+
+
+def _resolve_hub(data: Data, cache_dir: Path | None) -> tuple[list[str], Data, datasets.Features | None]:
+    """Addresses (hf://...) of the split's parquet files; they are streamed, not downloaded."""
+    name = data.dataset_name
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            builder = datasets.load_dataset_builder(name, data.dataset_config_name, cache_dir=str(cache_dir or scratch))
+        except Exception as error:  # httpx, huggingface_hub and datasets each have their own
+            raise hub_error(name, error) from error
+    splits = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
+    if data.split not in splits:
+        raise UserError(f"{name!r} has no split {data.split!r}. Take one of: {', '.join(splits)}.")
+    files = splits[data.split]
+    if not all(file.endswith(".parquet") for file in files):
+        download = f"hf download --repo-type dataset {name} --local-dir FOLDER"
+        raise UserError(f"{name!r} keeps other files than parquet. Run `{download}`, then --dataset_name FOLDER.")
+    return files, data, builder.info.features
+
+
+def hub_error(name: str, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [""])[0]
+    return UserError(
+        f"{name!r} is no file or folder here, and as a data set of the Hub it could not be opened "
+        f"({type(error).__name__}: {reason}). Check the name and the network, or give a local folder."
+    )
+
+
+def _list_parquet(files: Sequence[Path | str], data: Data, features: datasets.Features | None) -> Listing:
+    wanted = [column for column in (data.image_column, data.label_column) if column is not None]
+    num_rows, label_names = 0, None
+    for path in files:
+        with _parquet(path) as file:
+            num_rows += file.metadata.num_rows
+            _check_columns(path, file.schema_arrow, data)
+            features = features or datasets.Features.from_arrow_schema(file.schema_arrow)
+    feature = features.get(data.label_column) if features and data.label_column else None
+    if isinstance(feature, datasets.ClassLabel):
+        label_names = tuple(feature.names)
+
+    def rows() -> Iterator[Row]:
+        for path in files:
+            position = itertools.count()
+            with _parquet(path) as file:
+                for batch in file.iter_batches(16, columns=wanted):
+                    images = batch.column(data.image_column)
+                    labels = batch.column(data.label_column) if data.label_column else [None] * len(batch)
+                    for image, label in zip(images, labels, strict=True):
+                        yield Row(f"{Path(path).name} row {next(position)}", image, label)
+
+    return Listing(num_rows, rows(), label_names, data.label_column is not None)
+
+
+@contextmanager
+def _parquet(path: Path | str) -> Iterator[pq.ParquetFile]:
+    try:
+        opened = open(path, "rb") if isinstance(path, Path) else fsspec.open(path, "rb")
+        with opened as handle, pq.ParquetFile(handle) as file:
+            yield file
+    except UserError:
+        raise
+    except Exception as error:  # the container, not a record: nothing behind it can be listed
+        raise UserError(f"{str(path)!r} cannot be read as parquet ({type(error).__name__}). Replace the file.") from error
+
+
+def _check_columns(path: Path | str, schema: pa.Schema, data: Data) -> None:
+    for column, option in ((data.image_column, "--image_column"), (data.label_column, "--label_column")):
+        if column is not None and column not in schema.names:
+            raise UserError(f"{str(path)!r} has no column {column!r}; it has {', '.join(schema.names)}. Set {option}.")
+    kind = schema.field(data.image_column).type
+    encoded = kind.get_field_index("bytes") >= 0 if pa.types.is_struct(kind) else False
+    if not (encoded or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise UserError(f"{str(path)!r}: column {data.image_column!r} holds {kind}, not encoded images. Set --image_column.")

@@ -1,0 +1,1 @@
+"""What came out: measurements on generated images."""

@@ -1,0 +1,1 @@
+"""From per-example losses to one private update."""

@@ -1,0 +1,233 @@
+"""Recipes: every choice of a run, as frozen dataclasses, read from strict YAML and flags.
+
+A field says its meaning, range and choices once; `--help`, errors and the comments of written recipes come from there.
+Flags stand over the recipe, the recipe over the defaults. Imports no torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TypeVar
+
+from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.strict_yaml import read_table, write_line
+from dp_peft_diffusion.typed_fields import build, check_range, nearest, option, options
+
+PROMISES = ("epsilon", "noise_multiplier", "no_privacy")  # of a run, exactly one
+MAX_SEED = 2**32  # image i is seeded with seed * 1,000,003 + i, which must fit 63 bits
+AnyRecipe = TypeVar("AnyRecipe", "Recipe", "PretrainRecipe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The base, which stays frozen."""
+
+    pretrained_model_name_or_path: str = option("builtin:handwriting", help="base: builtin:NAME, a folder, a Hub name")
+    revision: str | None = option(None, help="branch, tag or commit of a base on the Hub")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The private images."""
+
+    dataset_name: str = option("builtin:digits", help="images: builtin:digits, a folder, parquet files, a Hub name")
+    dataset_config_name: str | None = option(None, help="configuration of a Hub data set")
+    split: str = option("train", help="split of the data set")
+    image_column: str = option("image", help="column of the images")
+    label_column: str | None = option("label", help="column of the labels; none trains without classes")
+    class_names: tuple[str, ...] | None = option(None, help="public list of classes; none takes the data set's own")
+    center_crop: bool = option(False, help="cut the middle square out instead of resizing the whole image")
+    declared_public: bool = option(False, help="you declare these images public, nothing in them needs protection")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """What trains."""
+
+    kind: str = option("lora", flag="adapter", choices=("lora",), help="kind of adapter")
+    rank: int = option(4, aliases=("lora_r", "network_dim"), at_least=1, help="rank of the LoRA matrices")
+    lora_alpha: float | None = option(None, aliases=("network_alpha",), above=0, help="LoRA alpha; none: the rank")
+    target_modules: tuple[str, ...] = option(
+        ("to_q", "to_k", "to_v", "to_out.0"), help="ends of the names of the modules that get LoRA matrices"
+    )
+    freeze_a: bool = option(False, help="LoRA A stays random; only B trains")
+    class_code_rank: int | None = option(None, at_least=1, help="public directions class rows move in; none: all")
+    class_rows: tuple[int, ...] | None = option(
+        None, at_least=0, help="rows of the class table that may be overwritten, for a base without spare rows"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Privacy:
+    """The promise. Exactly one of epsilon, noise_multiplier and no_privacy is given."""
+
+    epsilon: float | None = option(None, aliases=("target_epsilon",), above=0, help="promise of the whole run")
+    delta: float = option(1e-5, aliases=("target_delta",), above=0, below=1, help="must be below 1/N")
+    noise_multiplier: float | None = option(None, above=0, help="noise over clip bound, in place of epsilon")
+    max_grad_norm: float = option(
+        1.0, aliases=("per_sample_max_grad_norm",), above=0, help="clip bound of each example (not of the batch)"
+    )
+    clipping: str = option("automatic", choices=("flat", "automatic"), help="how an example's gradient is bounded")
+    gamma: float | None = option(None, above=0, help="of automatic clipping; none: chosen from public images")
+    neighboring_relation: str = option("zero_out", choices=("zero_out",), help="what one record more or less means")
+    no_privacy: bool = option(False, help="no noise, no promise, no export; needs declared_public")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The noisy updates."""
+
+    train_batch_size: int = option(
+        256, aliases=("expected_batch_size",), at_least=1, help="expected images in one noisy update (Poisson)"
+    )
+    max_train_steps: int = option(100, at_least=1, help="noisy updates; part of the promise")
+    learning_rate: float = option(1e-2, above=0, help="step size of the optimizer")
+    optimizer: str = option("adam", choices=("sgd", "adam"), help="what turns noisy means into updates")
+    noise_multiplicity: int = option(1, at_least=1, help="diffusion draws averaged in each example; costs no privacy")
+    micro_batch_size: int = option(
+        64, aliases=("max_physical_batch_size",), at_least=1, help="images at once on the device: memory only"
+    )
+    label_dropout: float = option(0.1, at_least=0, below=1, help="share of draws that see no label, for guidance")
+    ema_decay: float = option(0.0, at_least=0, below=1, help="moving average of the adapter; 0: off")
+    mixed_precision: str = option("no", choices=("no", "bf16"), help="precision of the frozen base")
+    seed: int = option(0, at_least=0, below=MAX_SEED, help="of everything public; the privacy noise has no seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The grids of generated images."""
+
+    every: int = option(0, at_least=0, help="steps between grids; 0: before and after only")
+    num_images: int = option(80, at_least=1, help="images in a grid")
+    scheduler: str = option("ddim", help="ddim, ddpm, dpmsolver++, or the name of a diffusers scheduler class")
+    num_inference_steps: int = option(25, at_least=1, help="denoising steps")
+    guidance_scale: float = option(1.0, at_least=0, help="classifier-free guidance; 1: none")
+    seed: int = option(0, at_least=0, below=MAX_SEED, help="of the grids")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Every choice of a private run."""
+
+    model: Model = Model()
+    data: Data = Data()
+    adapter: Adapter = Adapter()
+    privacy: Privacy = Privacy()
+    train: Train = Train()
+    sample: Sample = Sample()
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    """Every choice of pretraining a base on public images."""
+
+    dataset_name: str = option(help="public images with labels: a folder, parquet files, a Hub name")
+    image_column: str = option("image", help="column of the images")
+    label_column: str = option("label", help="column of the labels")
+    invert: bool = option(True, help="the images are dark on light; the base learns light on dark")
+    resolution: int = option(32, at_least=8, help="side of the images in pixels")
+    pixel_packing: int = option(2, at_least=1, help="side of the pixel blocks folded into channels")
+    block_out_channels: tuple[int, ...] = option((32, 64, 96), at_least=1, help="width of each level of the UNet")
+    class_code_rank: int = option(16, at_least=1, help="dimensions of the class table")
+    spare_classes: int = option(64, at_least=0, help="free rows of the class table, for private classes")
+    train_batch_size: int = option(128, at_least=1, help="images in one update")
+    max_train_steps: int = option(6000, at_least=1, help="updates")
+    learning_rate: float = option(1e-3, above=0, help="peak step size of Adam")
+    lr_warmup_steps: int = option(200, at_least=0, help="updates of linear warm-up")
+    label_dropout: float = option(0.15, at_least=0, below=1, help="share of draws that see no label, for guidance")
+    ema_decay: float = option(0.999, at_least=0, below=1, help="moving average of the weights")
+    seed: int = option(0, at_least=0, below=MAX_SEED, help="of everything")
+
+
+def recipe_path(name: str) -> Path:
+    """The YAML file of a recipe that comes with the package.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    here = Path(__file__).resolve().parent
+    # In a wheel recipes/ lies in the package, in a checkout beside it.
+    folder = here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in known:
+        raise UserError(
+            f"--recipe {name!r} does not exist. {nearest(name, known)}There is: {', '.join(known)}. "
+            "A file of your own goes with --config FILE."
+        )
+    return folder / f"{name}.yaml"
+
+
+def load_recipe(path: Path | str | None = None, overrides: Mapping[str, object] | None = None) -> Recipe:
+    """Read and check a recipe: overrides such as {"privacy.epsilon": 1.0} over the file over the defaults.
+
+    Any of epsilon, noise_multiplier and no_privacy among the overrides takes the place of the file's. What the file
+    declares public is its own data set, not one that an override names.
+
+    Raises:
+        UserError: unreadable file, unknown key, wrong type, or a value that `validate` refuses.
+    """
+    recipe = Recipe() if path is None else build(Recipe, read_table(Path(path)), str(path))
+    tables = {spec.name: dict(vars(getattr(recipe, spec.name))) for spec in fields(Recipe)}
+    overrides = overrides or {}
+    if any(f"privacy.{name}" in overrides for name in PROMISES):
+        tables["privacy"] |= {"epsilon": None, "noise_multiplier": None, "no_privacy": False}
+    if "data.dataset_name" in overrides:
+        tables["data"]["declared_public"] = False
+    for key, value in overrides.items():
+        section, _, name = key.partition(".")
+        tables.setdefault(section, {})[name] = value
+    return validate(build(Recipe, tables, "options"))
+
+
+def load_pretrain_recipe(path: Path | str, overrides: Mapping[str, object] | None = None) -> PretrainRecipe:
+    """The same for pretraining, whose table is flat: overrides such as {"dataset_name": "omniglot"}."""
+    return validate(build(PretrainRecipe, {**read_table(Path(path)), **(overrides or {})}, str(path)))
+
+
+def validate(recipe: AnyRecipe) -> AnyRecipe:
+    """Return `recipe` if every value is in its range and all go together.
+
+    Raises:
+        UserError: naming the option, its recipe key, what is allowed, and what to type.
+    """
+    for section, spec, value in options(recipe):
+        check_range(section, spec, value)
+    if isinstance(recipe, Recipe):
+        _check_together(recipe)
+    return recipe
+
+
+def to_yaml(recipe: Recipe | PretrainRecipe) -> str:
+    """A complete recipe with comments, which loads back equal and can be run."""
+    command = "train" if isinstance(recipe, Recipe) else "pretrain"
+    lines, last = [f"# dp-peft {command} --config recipe.yaml"], ""
+    for section, spec, value in options(recipe):
+        if section != last:
+            lines.append(f"{section}:  # {getattr(recipe, section).__doc__}")
+            last = section
+        lines.append(f"{'  ' if section else ''}{write_line(spec.name, value)}  # {spec.metadata['help']}")
+    return "\n".join(lines) + "\n"
+
+
+def _check_together(recipe: Recipe) -> None:
+    """What no single value shows."""
+    privacy, data = recipe.privacy, recipe.data
+    given = [name for name in PROMISES if getattr(privacy, name) not in (None, False)]
+    if not given:
+        raise UserError("no promise is given (privacy.epsilon in a recipe). Type for example --epsilon 1.")
+    if len(given) > 1:
+        raise UserError(
+            f"{' and '.join(f'--{name}' for name in given)} are given (privacy in a recipe); each sets the noise. "
+            f"Keep one, for example --{given[0]}."
+        )
+    if privacy.no_privacy and not data.declared_public:
+        raise UserError(
+            f"--no_privacy would train on {data.dataset_name} without protection. If nothing in these images needs "
+            "protection, say so with --declared_public; otherwise type for example --epsilon 1."
+        )
+    if privacy.gamma is not None and privacy.clipping == "flat":
+        raise UserError("--gamma (privacy.gamma) belongs to --clipping automatic. Leave one of them out.")
+    lists = {"--class_names": data.class_names, "--class_rows": recipe.adapter.class_rows}
+    for name, items in (lists | {"--target_modules": recipe.adapter.target_modules}).items():
+        if items is not None and len(set(items)) < len(items):
+            raise UserError(f"{name} names something twice: {', '.join(map(str, items))}. Name each once.")

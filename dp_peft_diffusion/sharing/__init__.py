@@ -1,0 +1,1 @@
+"""Files for other people: the shareable folder and its card."""

@@ -1,0 +1,46 @@
+"""The model card: everything in it is read from the certificate and the recipe."""
+
+from pathlib import Path
+
+import jinja2
+
+from dp_peft_diffusion.recipe import Recipe
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def render_card(certificate: dict, recipe: Recipe, subfolder: str | None, pixel_packing: int, last_grid: str) -> str:
+    """README.md of a shareable folder, with the front matter the Hub reads.
+
+    subfolder: where the UNet lies in the base's folder. last_grid: file name of the grid made after the last step.
+    """
+    guarantee, mechanism = certificate["guarantee"], certificate["mechanism"]
+    base = recipe.model.pretrained_model_name_or_path
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined)
+    return environment.get_template("card.md").render(
+        certificate=certificate,
+        title=f"{recipe.adapter.kind} adapter, epsilon {guarantee['epsilon']:g}",
+        base_name=base,
+        base_arguments=base_arguments(base, subfolder),
+        class_rows=recipe.adapter.class_rows and list(recipe.adapter.class_rows),
+        class_names=recipe.data.class_names,
+        pixel_packing=pixel_packing,
+        last_grid=last_grid,
+        facts=[
+            ("base", f"`{base}`, SHA-256 of weights `{certificate['base']['sha256']}`"),
+            ("promise", f"epsilon {guarantee['epsilon']:g}, delta {guarantee['delta']:g}"),
+            ("unit", certificate["unit"]),
+            ("relation", certificate["neighboring_relation"]),
+            ("noisy updates", mechanism["count"]),
+            ("sampling probability", f"{mechanism['sampling_prob']:.6g}"),
+            ("noise multiplier", mechanism["noise_multiplier"]),
+            ("clipping", f"{mechanism['clipping']}, bound {mechanism['max_grad_norm']:g}"),
+            ("adapter", f"rank {recipe.adapter.rank} on {', '.join(recipe.adapter.target_modules)}"),
+        ],
+    )
+
+
+def base_arguments(base: str, subfolder: str | None) -> str:
+    """What a Python snippet passes to `from_pretrained`: a built-in base lies in the package, others have a name."""
+    place = f'BUILTIN_BASES / "{base.removeprefix("builtin:")}"' if base.startswith("builtin:") else repr(base)
+    return place if subfolder is None else f'{place}, subfolder="{subfolder}"'

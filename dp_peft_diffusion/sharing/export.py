@@ -1,0 +1,83 @@
+"""The shareable folder: stock peft files, recipe, certificate and card, checked by loading them again."""
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from dp_peft_diffusion.diffusion.adapters import CONFIG_FILE, Adapter, to_peft
+from dp_peft_diffusion.diffusion.base_model import BaseModel, load_base
+from dp_peft_diffusion.errors import RunError
+from dp_peft_diffusion.privacy import certificate
+from dp_peft_diffusion.privacy.mechanism import DPMechanism
+from dp_peft_diffusion.recipe import Recipe, to_yaml
+from dp_peft_diffusion.sharing.card import render_card
+
+DATA_PLACEHOLDER = "PATH_TO_YOUR_IMAGES"
+NOT_PRIVATE = "This adapter was trained WITHOUT privacy (`--no_privacy`), for comparison. Do not share it.\n"
+TOLERANCE = 1e-5  # largest difference of outputs between the trained and the re-loaded adapter
+
+
+def export(folder: Path, recipe: Recipe, base: BaseModel, adapter: Adapter, mechanism: DPMechanism) -> dict | None:
+    """Write everything shareable into `folder` and check it; return the certificate.
+
+    With --no_privacy there is no promise, so no certificate and no card are written.
+
+    Raises:
+        RunError: the files, loaded again, do not give back the trained adapter.
+    """
+    write_adapter(base, adapter, folder)
+    (folder / "recipe.yaml").write_text(to_yaml(shareable_recipe(recipe)))
+    change = check_reload(base, adapter.unet, recipe.adapter.class_rows, folder)
+    if recipe.privacy.no_privacy:
+        (folder / "README.md").write_text(NOT_PRIVATE)
+        return None
+    facts = certificate.certificate(mechanism, recipe)
+    (folder / "README.md").write_text(render_card(facts, recipe, change))
+    certificate.write(folder, facts)
+    return facts
+
+
+def shareable_recipe(recipe: Recipe) -> Recipe:
+    """The resolved recipe with the place of the private images taken out."""
+    if recipe.data.dataset_name.startswith("builtin:"):
+        return recipe
+    data = dataclasses.replace(recipe.data, dataset_name=DATA_PLACEHOLDER, dataset_config_name=None)
+    return dataclasses.replace(recipe, data=data)
+
+
+def write_adapter(base: BaseModel, adapter: Adapter, folder: Path) -> None:
+    """adapter_config.json and adapter_model.safetensors, as stock peft writes them, names sorted."""
+    to_peft(base, adapter).save_pretrained(folder)
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    config["target_modules"] = sorted(config["target_modules"])
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def check_reload(base: BaseModel, unet: torch.nn.Module, class_rows: tuple[int, ...] | None, folder: Path) -> float:
+    """Load the folder on a fresh base with stock peft; return how far it moves the outputs (invariant 14).
+
+    Raises:
+        RunError: the re-loaded adapter answers differently from the trained one, or does nothing.
+    """
+    fresh = load_base(base.name, base.revision).unet
+    generator = torch.Generator().manual_seed(0)
+    rows = class_rows or ((0,) if base.num_class_embeds is not None else None)
+    x = torch.randn(8, fresh.config.in_channels, *[base.resolution // base.layout.pixel_packing] * 2, generator=generator)
+    t = torch.linspace(1, base.scheduler.config.num_train_timesteps - 1, 8).long()
+    labels = None if rows is None else torch.tensor(rows).repeat(8)[:8]
+    device = next(unet.parameters()).device
+    with torch.no_grad():
+        before = fresh(x, t, class_labels=labels).sample
+        after = PeftModel.from_pretrained(copy.deepcopy(fresh), str(folder)).eval()(x, t, class_labels=labels).sample
+        on_device = None if labels is None else labels.to(device)
+        trained = unet(x.to(device), t.to(device), class_labels=on_device).sample.cpu()
+    difference, change = (after - trained).abs().max().item(), (after - before).abs().max().item()
+    if not difference <= TOLERANCE * max(1.0, trained.abs().max().item()):
+        raise RunError(f"the exported adapter, loaded with peft, differs from the trained one by {difference:.3g}.")
+    if change == 0.0:
+        raise RunError("the exported adapter changes nothing: no step moved it. Try a larger --learning_rate.")
+    return change

@@ -1,0 +1,170 @@
+import copy
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_base_folder
+
+from dp_peft_diffusion.diffusion.adapters import (
+    check_adapter_files,
+    code_directions,
+    inject_adapter,
+    load_adapter,
+    merge_adapter,
+    to_peft,
+)
+from dp_peft_diffusion.diffusion.base_model import load_base
+from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.recipe import Adapter
+
+SPEC = Adapter(rank=2, lora_alpha=6.0, target_modules=("to_q", "to_out.0", "conv1"), class_code_rank=3)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return load_base(str(tiny_base_folder(tmp_path_factory.mktemp("base") / "base")))
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return torch.randn(4, 4, 8, 8), torch.tensor([1, 100, 500, 999]), torch.tensor([10, 12, 9, 0])
+
+
+def moved(base, spec=SPEC, num_classes=3):
+    adapter = inject_adapter(base, spec, num_classes)
+    for parameter in adapter.trainable.values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return adapter
+
+
+def answer(unet, inputs):
+    x, t, rows = inputs
+    with torch.no_grad():
+        return unet(x, t, class_labels=rows).sample
+
+
+def test_a_fresh_adapter_changes_nothing(base, inputs):
+    assert torch.equal(answer(inject_adapter(base, SPEC, 3).unet, inputs), answer(base.unet, inputs))
+
+
+def test_only_lora_and_class_codes_train(base):
+    names = set(inject_adapter(base, SPEC, 3).trainable)
+    assert all(".lora_A." in name or ".lora_B." in name or name == "class_embedding.codes.weight" for name in names)
+    assert "class_embedding.codes.weight" in names
+
+
+def test_freeze_a_trains_b_only(base):
+    frozen = Adapter(rank=2, target_modules=("to_q",), freeze_a=True)
+    assert all(".lora_B." in name for name in inject_adapter(base, frozen).trainable)
+
+
+def test_only_private_rows_move_and_the_null_row_stays(base):
+    adapter = moved(base)
+    rows = torch.arange(30)
+    before, after = base.unet.class_embedding(rows), adapter.class_rows(rows).detach()
+    changed = (before != after).any(dim=1)
+    assert changed.tolist() == [row in (10, 11, 12) for row in range(30)]
+
+
+@pytest.mark.parametrize("spec", [SPEC, Adapter(rank=1, target_modules=("to_k",), freeze_a=True)])
+def test_stock_peft_reloads_the_same_outputs(base, inputs, tmp_path, spec):
+    adapter = moved(base, spec)
+    to_peft(base, adapter).save_pretrained(tmp_path)
+    stock = PeftModel.from_pretrained(copy.deepcopy(base.unet), tmp_path).eval()
+    assert torch.allclose(answer(stock, inputs), answer(adapter.unet, inputs), atol=1e-5)
+    assert not torch.allclose(answer(stock, inputs), answer(base.unet, inputs), atol=1e-3)
+
+
+def test_alpha_is_folded_into_the_file(base, tmp_path):
+    to_peft(base, moved(base)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == config["r"] == 2
+
+
+def test_only_the_private_rows_are_saved(base, tmp_path):
+    to_peft(base, moved(base)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    rows = [tensor for name, tensor in tensors.items() if "class_embedding" in name]
+    assert [tuple(row.shape) for row in rows] == [(3, base.unet.class_embedding.embedding_dim)]
+
+
+def test_merging_gives_a_plain_unet_with_the_same_outputs(base, inputs, tmp_path):
+    adapter = moved(base)
+    to_peft(base, adapter).save_pretrained(tmp_path)
+    merged = merge_adapter(copy.deepcopy(base.unet), tmp_path)
+    assert type(merged) is type(base.unet)
+    assert torch.allclose(answer(merged, inputs), answer(adapter.unet, inputs), atol=1e-4)
+
+
+def test_weight_zero_merges_to_the_base_and_weights_are_linear(base, inputs, tmp_path):
+    to_peft(base, moved(base)).save_pretrained(tmp_path)
+    none = merge_adapter(copy.deepcopy(base.unet), tmp_path, weight=0.0)
+    assert torch.equal(answer(none, inputs), answer(base.unet, inputs))
+    half = merge_adapter(copy.deepcopy(base.unet), tmp_path, weight=0.5).state_dict()
+    full = merge_adapter(copy.deepcopy(base.unet), tmp_path).state_dict()
+    for name, value in base.unet.state_dict().items():
+        assert torch.allclose(half[name] - value, (full[name] - value) / 2, atol=1e-6)
+
+
+def test_code_directions_span_the_public_rows(base):
+    table, layout = base.unet.class_embedding.weight, base.layout
+    offsets = table[: layout.null_class] - table[layout.null_class]
+    directions = code_directions(base, 9)
+    projected = offsets @ torch.linalg.pinv(directions) @ directions
+    assert torch.allclose(projected, offsets, atol=1e-4)
+
+
+def test_every_target_name_must_match(base):
+    with pytest.raises(UserError, match="to_qq.*Did you mean 'to_q'"):
+        inject_adapter(base, Adapter(target_modules=("to_k", "to_qq")))
+
+
+def test_a_full_class_table_is_refused_with_the_way_out(base):
+    with pytest.raises(UserError, match="--class_rows"):
+        inject_adapter(base, SPEC, num_classes=21)
+
+
+def test_given_rows_may_be_overwritten(base):
+    spec = Adapter(target_modules=("to_q",), class_rows=(0, 1, 2))
+    assert inject_adapter(base, spec, 3).class_rows.rows.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_modules": "(([a-z_])+)+.X"}, "list of plain module names"),
+        ({"target_modules": ["(a+)+b"]}, "list of plain module names"),
+        ({"r": 2_000_000}, "rank"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"r": 3}, "not of rank"),
+    ],
+)
+def test_a_strangers_config_is_checked_before_peft_sees_it(base, tmp_path, change, message):
+    to_peft(base, moved(base)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=message):
+        load_adapter(copy.deepcopy(base.unet), tmp_path)
+
+
+@pytest.mark.parametrize("plant", ["nan", "missing", "extra"])
+def test_wrong_tensors_are_refused(base, tmp_path, plant):
+    to_peft(base, moved(base)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    first = sorted(tensors)[0]
+    if plant == "nan":
+        tensors[first][0] = float("nan")
+    elif plant == "missing":
+        del tensors[first]
+    else:
+        tensors["base_model.model.nowhere.lora_A.weight"] = torch.zeros(2, 3)
+    save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError):
+        load_adapter(copy.deepcopy(base.unet), tmp_path)
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
+        check_adapter_files(tmp_path)
