@@ -46,11 +46,6 @@ class Prepared:
     peak_memory_bytes: int
     notes: tuple[str, ...]
 
-    @property
-    def noise_stddev(self) -> float:
-        """Standard deviation of the noise on the clipped sum; 0 only with --no_privacy."""
-        return 0.0 if self.recipe.privacy.no_privacy else self.mechanism.noise_stddev
-
 
 def prepare(recipe: Recipe, output_dir: Path | str) -> Prepared:
     """Check the recipe and the folder, load base and images, calibrate the noise, measure one micro-batch.

@@ -21,21 +21,21 @@ from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.recipe import PretrainRecipe
 
 CHECKPOINT_EVERY = 500  # steps
-CODE_LEARNING_RATE = 5.0  # times the net's: a class is seen once in 15 steps
-CODE_NOISE = 0.3  # per coordinate, where a class code has root mean square 1
+CODE_NOISE = 0.2  # per coordinate, where a class code has root mean square 1
 
 
 class ClassCodes(nn.Module):
-    """A class table of low rank: row = null row + code / |code| sqrt(rank) @ directions.
+    """A class table of low rank: row = null row + code / rms(code) @ directions.
 
     Every class lies on a sphere around the null row, and noise on the codes makes the net smooth
     between classes. A new class then needs `rank` numbers instead of a whole row, which is what
     private training of class rows is short of.
     """
 
-    def __init__(self, num_classes: int, rank: int, dim: int):
+    def __init__(self, codes: torch.Tensor, dim: int):
         super().__init__()
-        self.codes = nn.Parameter(torch.randn(num_classes, rank))
+        num_classes, rank = codes.shape
+        self.codes = nn.Parameter(codes)
         self.directions = nn.Parameter(torch.randn(rank, dim) / math.sqrt(rank))
         self.null = nn.Parameter(torch.zeros(dim))
 
@@ -66,12 +66,11 @@ def pretrain(recipe: PretrainRecipe, output_dir: Path) -> Path:
     glyphs, characters = load_glyphs(recipe)
     num_classes = DIHEDRAL * (int(characters.max()) + 1)
     unet = build_unet(recipe, num_classes)
-    codes = ClassCodes(num_classes, recipe.class_code_rank, unet.class_embedding.embedding_dim)
+    codes = ClassCodes(initial_codes(glyphs, characters, recipe.class_code_rank), unet.class_embedding.embedding_dim)
     unet.class_embedding = nn.Identity()  # rows come from `codes` while training
     trained = nn.ModuleDict({"unet": unet, "codes": codes})
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
-    rates = {"unet": recipe.learning_rate, "codes": CODE_LEARNING_RATE * recipe.learning_rate}
-    optimizer = torch.optim.Adam([{"params": trained[part].parameters(), "peak": rate} for part, rate in rates.items()])
+    optimizer = torch.optim.Adam(trained.parameters(), lr=recipe.learning_rate)
     ema = {name: value.detach().clone() for name, value in trained.state_dict().items()}
     first = _resume(output_dir, trained, optimizer, ema)
     log = open(output_dir / "pretraining.jsonl", "a")  # noqa: SIM115
@@ -79,7 +78,7 @@ def pretrain(recipe: PretrainRecipe, output_dir: Path) -> Path:
     for step in bar:
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * warmup_cosine(step, recipe.max_train_steps, recipe.lr_warmup_steps)
+            group["lr"] = recipe.learning_rate * warmup_cosine(step, recipe.max_train_steps, recipe.lr_warmup_steps)
         loss = _loss(recipe, trained, scheduler, glyphs, characters, generator)
         optimizer.zero_grad()
         loss.backward()
@@ -104,6 +103,22 @@ def load_glyphs(recipe: PretrainRecipe) -> tuple[torch.Tensor, torch.Tensor]:
         raise UserError(f"the images have no column {recipe.label_column!r}; there is: {', '.join(rows.column_names)}")
     images = [crop_glyph(image, recipe.invert) for image in rows[recipe.image_column]]
     return torch.stack(images), torch.tensor(rows[recipe.label_column])
+
+
+def initial_codes(glyphs: torch.Tensor, characters: torch.Tensor, rank: int) -> torch.Tensor:
+    """Codes (num_classes, rank) from the principal components of the mean images of the classes.
+
+    Like characters start with like codes. Random codes teach the net nothing for thousands of steps:
+    it learns to ignore them. Components count by the square root of their spread.
+    """
+    means = torch.stack([glyphs[characters == c].float().mean(dim=0) for c in range(int(characters.max()) + 1)])
+    small = nn.functional.interpolate(means, size=(16, 16), mode="area")[:, 0]  # (characters, 16, 16)
+    mirrored = [small, small.flip(2)]
+    turned = torch.stack([torch.rot90(m, k, (1, 2)) for m in mirrored for k in range(DIHEDRAL // 2)], dim=1)
+    offsets = turned.flatten(2).flatten(0, 1)  # (num_classes, 256), class = DIHEDRAL * character + turn
+    left, spread, _ = torch.linalg.svd(offsets - offsets.mean(dim=0), full_matrices=False)
+    codes = left[:, :rank] * spread[:rank].sqrt()
+    return codes / codes.square().mean().sqrt()
 
 
 def build_unet(recipe: PretrainRecipe, num_classes: int) -> UNet2DModel:
@@ -194,7 +209,7 @@ def _export(
 ) -> None:
     """The EMA weights as a stock diffusers folder, and a grid of samples of public classes."""
     unet = build_unet(recipe, num_classes)
-    codes = ClassCodes(num_classes, recipe.class_code_rank, unet.class_embedding.embedding_dim)
+    codes = ClassCodes(torch.zeros(num_classes, recipe.class_code_rank), unet.class_embedding.embedding_dim)
     codes.load_state_dict({name.removeprefix("codes."): ema[name] for name in ema if name.startswith("codes.")})
     weights = {name.removeprefix("unet."): ema[name] for name in ema if name.startswith("unet.")}
     unet.load_state_dict({**weights, "class_embedding.weight": codes.table(recipe.spare_classes)})

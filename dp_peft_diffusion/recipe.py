@@ -99,7 +99,7 @@ class Sample:
 
     every: int = option(0, at_least=0, help="steps between grids; 0: before and after only")
     num_images: int = option(80, at_least=1, help="images in a grid")
-    scheduler: str = option("ddim", help="ddim, ddpm, dpmsolver++, or the name of a diffusers scheduler class")
+    scheduler: str = option("ddim", help="sampler: ddim, ddpm, dpmsolver++, or a diffusers scheduler class")
     num_inference_steps: int = option(25, at_least=1, help="denoising steps")
     guidance_scale: float = option(1.0, at_least=0, help="classifier-free guidance; 1: none")
     seed: int = option(0, at_least=0, below=MAX_SEED, help="of the grids")
@@ -131,10 +131,10 @@ class PretrainRecipe:
     class_code_rank: int = option(16, at_least=1, help="dimensions of the class table")
     spare_classes: int = option(64, at_least=0, help="free rows of the class table, for private classes")
     train_batch_size: int = option(128, at_least=1, help="images in one update")
-    max_train_steps: int = option(6000, at_least=1, help="updates")
+    max_train_steps: int = option(4500, at_least=1, help="updates")
     learning_rate: float = option(1e-3, above=0, help="peak step size of Adam")
     lr_warmup_steps: int = option(200, at_least=0, help="updates of linear warm-up")
-    label_dropout: float = option(0.15, at_least=0, below=1, help="share of draws that see no label, for guidance")
+    label_dropout: float = option(0.1, at_least=0, below=1, help="share of draws that see no label, for guidance")
     ema_decay: float = option(0.999, at_least=0, below=1, help="moving average of the weights")
     seed: int = option(0, at_least=0, below=MAX_SEED, help="of everything")
 

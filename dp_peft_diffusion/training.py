@@ -1,5 +1,6 @@
 """Private training, on one screen: ids -> losses -> clipped sum -> noise -> step."""
 
+import csv
 import dataclasses
 import errno
 import json
@@ -11,8 +12,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dp_peft_diffusion.diffusion.datasets import PrivateImages
 from dp_peft_diffusion.diffusion.generation import class_indices, image_grid, sample_images
 from dp_peft_diffusion.errors import RunError
+from dp_peft_diffusion.gradients.functional import Gradients
 from dp_peft_diffusion.gradients.noise import add_noise
 from dp_peft_diffusion.gradients.optimizer import Ema, apply_update, make_optimizer
 from dp_peft_diffusion.plan import epsilon_so_far, plan_text
@@ -56,9 +59,11 @@ def run(prepared: Prepared) -> RunResult:
     try:
         folders.create(prepared.requested, key)
         (folders.private / "recipe.yaml").write_text(to_yaml(prepared.recipe))
-        prepared.images.write_problems(folders.private / "problems.csv")
+        write_problems(prepared.images, folders.private / "problems.csv")
         train_steps(prepared, key)
-        certificate = export(prepared, folders.staging)
+        certificate = export(
+            folders.staging, prepared.recipe, prepared.base, prepared.adapter, prepared.mechanism, len(prepared.images)
+        )
         if prepared.recipe.privacy.no_privacy:
             folders.close()  # stays in the private folder: there is no promise to share it under
             return RunResult(folders.staging, None, folders.private)
@@ -91,16 +96,24 @@ def train_steps(prepared: Prepared, key: bytes) -> None:
             batch = make_batch(recipe, prepared.base, *prepared.images.read(chunk), chunk.clip(0), key, step)
             for name, part in clipper.clipped_sum_of(loss_fn, batch).items():
                 total[name] += part  # invariant 3: a sum, in float64
-        noisy = add_noise(total, prepared.noise_stddev, key, step)  # invariant 7: after this, all is post-processing
+        noisy = privatize(prepared, total, key, step)  # invariant 7: after this, all is post-processing
         apply_update(optimizer, parameters, noisy, mechanism.expected_batch_size)
         del ids, total
         ema.update()
         record_metrics(prepared, step + 1, noisy, spent[step])
         bar.set_postfix_str(f"epsilon {spent[step]:.3g} of {spent[-1]:.3g}" if spent[-1] else "NOT PRIVATE")
         if recipe.sample.every and (step + 1) % recipe.sample.every == 0 and step + 1 < mechanism.steps:
-            write_grid(prepared, step + 1)
-    ema.copy_to_parameters()
+            with ema.applied():
+                write_grid(prepared, step + 1)
+    ema.copy_to(parameters)
     write_grid(prepared, mechanism.steps)
+
+
+def privatize(prepared: Prepared, total: Gradients, key: bytes, step: int) -> Gradients:
+    """The noisy sum; with --no_privacy, on images that were declared public, the bare sum."""
+    if prepared.recipe.privacy.no_privacy:
+        return {name: tensor.float() for name, tensor in total.items()}
+    return add_noise(total, prepared.mechanism.noise_stddev, key, step)
 
 
 def micro_batches(ids: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -121,6 +134,14 @@ def record_metrics(prepared: Prepared, step: int, noisy: dict[str, torch.Tensor]
     }
     with open(prepared.run.staging / "metrics.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def write_problems(images: PrivateImages, path: Path) -> None:
+    """The records that count as nothing, for the data holder's eyes (invariant 17)."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "name", "reason"])
+        writer.writerows(images.problems)
 
 
 def write_grid(prepared: Prepared, step: int) -> None:

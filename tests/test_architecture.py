@@ -25,11 +25,11 @@ LAYERS = (
     ("gradients",),
     ("privacy",),
     ("recipe", "run_folder", "environment"),
-    ("strict_yaml",),
+    ("strict_yaml", "typed_fields"),
     ("errors",),
 )
 ROW = {room: row for row, rooms in enumerate(LAYERS) for room in rooms}
-TORCH_FREE = ("privacy", "recipe", "strict_yaml", "errors")
+TORCH_FREE = ("privacy", "recipe", "strict_yaml", "typed_fields", "errors")
 BRINGS_TORCH = {"accelerate", "cleanfid", "datasets", "diffusers", "opacus", "peft", "safetensors", "torch"}
 BRINGS_TORCH |= {"torchvision", "transformers"}
 DISTRIBUTION = {"PIL": "pillow", "cleanfid": "clean-fid", "dp_accounting": "dp-accounting", "sklearn": "scikit-learn"}
@@ -119,7 +119,9 @@ def test_privacy_and_recipe_import_no_torch():
 
 def test_importing_the_promise_leaves_torch_out():
     modules = [".".join((PACKAGE.name, *name)) for name, _ in sources(PACKAGE) if name[0] in TORCH_FREE]
-    code = f"import sys, {PACKAGE.name}, {', '.join(modules)}; sys.exit('torch' in sys.modules)".replace(".__init__", "")
+    code = f"import sys, {PACKAGE.name}, {', '.join(modules)}; sys.exit('torch' in sys.modules)".replace(
+        ".__init__", ""
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

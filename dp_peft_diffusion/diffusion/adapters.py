@@ -193,7 +193,10 @@ def load_adapter(model: nn.Module, folder: Path | str) -> PeftModel:
         UserError: the files are not a LoRA adapter as this tool writes it, or do not fit the base.
     """
     names = check_adapter_files(Path(folder))
-    loaded = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
+    try:
+        loaded = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"adapter {folder} does not fit the base: {error}. Is --base the base it was trained on?") from error
     held = {n.replace(".default", "") for n, _ in loaded.named_parameters() if ".lora_" in n or "trainable_tokens" in n}
     if held != names:
         raise UserError(f"adapter {folder}: its tensors do not fit the base: {sorted(held ^ names)[:4]}. Wrong --base?")

@@ -84,7 +84,9 @@ def open_examples(data: Data, resolution: int, channels: int, cache_dir: Path | 
         UserError: no such data set, split or column; no rows; class names that must be given.
     """
     if channels not in MODES:
-        raise UserError(f"images have 1 or 3 channels; the base asks for {channels}. Choose a base on grey or RGB pixels.")
+        raise UserError(
+            f"the base asks for images of {channels} channels, not 1 or 3. Choose a base on grey or RGB pixels."
+        )
     listing = list_rows(data, cache_dir)
     if listing.num_rows == 0:
         kinds = ", ".join(sorted(image_extensions()))
@@ -97,12 +99,13 @@ def open_examples(data: Data, resolution: int, channels: int, cache_dir: Path | 
     with silence():
         for index, row in enumerate(listing.rows):
             try:
-                label = _label(row.label(), listing.label_names, class_names)
-                pixels[index] = decode(row.image(), resolution, channels, data.center_crop)
+                image, value = row.read()
+                label = _label(value, listing.label_names, class_names)
+                pixels[index] = decode(image, resolution, channels, data.center_crop)
                 labels[index], weights[index] = label, 1
             except Exception as error:  # whatever is wrong with a record must not stop the run (invariant 17)
-                pixels[index] = 0
-                problems.append(Problem(index, row.name, f"{type(error).__name__}: {error}"))
+                name = row.name.encode("utf-8", "backslashreplace").decode()  # file names may be no UTF-8
+                problems.append(Problem(index, name, f"{type(error).__name__}: {error}"))
     arrays = torch.from_numpy(pixels), torch.from_numpy(labels), torch.from_numpy(weights)
     return PrivateImages(*arrays, class_names, problems)
 
@@ -152,7 +155,6 @@ def _label(value: Any, own_names: tuple[str, ...] | None, class_names: tuple[str
     """Position in `class_names` of a name, of an index into the source's own names, or of a bare index."""
     if class_names is None:
         return 0
-    value = value.as_py() if isinstance(value, pa.Scalar) else value
     if isinstance(value, float) and value.is_integer():  # integers beside missing values become floats in pandas
         value = int(value)
     if isinstance(value, int) and 0 <= value < len(own_names or class_names):

@@ -1,6 +1,8 @@
 """From a stored image to pixels, whatever state it is in."""
 
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +24,8 @@ def image_extensions() -> set[str]:
 
 
 def decode(source: Path | bytes | Image.Image, side: int, channels: int, center_crop: bool) -> np.ndarray:
-    """(c, side, side) uint8. Raises whatever PIL raises on a broken image."""
+    """Pixels (c, side, side) uint8. Raises whatever PIL raises on a broken image, and ValueError."""
+    image: Image.Image
     if isinstance(source, bytes):
         image = Image.open(BytesIO(source), formats=FORMATS)
     elif isinstance(source, Path):
@@ -32,7 +35,8 @@ def decode(source: Path | bytes | Image.Image, side: int, channels: int, center_
     with image:
         if image.width * image.height > MAX_PIXELS:  # the header's claim: nothing is allocated yet
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-        flat = _flatten(ImageOps.exif_transpose(image), MODES[channels])
+        ImageOps.exif_transpose(image, in_place=True)
+        flat = _flatten(image, MODES[channels])
     width, height = flat.size
     crop = min(width, height)
     left, top = (width - crop) / 2, (height - crop) / 2
@@ -46,10 +50,10 @@ def _flatten(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range")
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("32-bit pixels have no agreed range")
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # v / 257, rounded
+        image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))  # v / 257, rounded
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert(mode)
@@ -57,13 +61,21 @@ def _flatten(image: Image.Image, mode: str) -> Image.Image:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """No warning of a decoder reaches the terminal: it would tell that a broken record is there (invariant 17)."""
+    """No message of a decoder reaches the terminal: it would tell that a broken record is there (invariant 17).
+
+    libtiff writes to the file descriptor itself, below Python's warnings and loggers.
+    """
     logger = logging.getLogger("PIL")
-    level = logger.level
+    level, stderr, nowhere = logger.level, os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    sys.stderr.flush()
     logger.setLevel(logging.CRITICAL + 1)
+    os.dup2(nowhere, 2)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        os.dup2(stderr, 2)
         logger.setLevel(level)
+        os.close(stderr)
+        os.close(nowhere)

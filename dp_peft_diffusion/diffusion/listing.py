@@ -10,6 +10,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +31,10 @@ DIGITS_SPLITS = {"train": (0, 1437), "test": (1437, 1797), "choose": (1437, 1617
 
 
 class Row(NamedTuple):
-    """A row before decoding."""
+    """A row before decoding. `read` gives its image and its label, and may raise on a broken one."""
 
     name: str
-    image: Path | pa.Scalar | Image.Image
-    label: Any
+    read: Callable[[], tuple[Path | bytes | Image.Image, Any]]
 
 
 class Listing(NamedTuple):
@@ -47,6 +47,7 @@ class Listing(NamedTuple):
 
 
 def list_rows(data: Data, cache_dir: Path | None) -> Listing:
+    """List `data`. Raises UserError: no such data set, split or column."""
     name, path = data.dataset_name, Path(data.dataset_name).expanduser()
     if name == "builtin:digits":
         return _list_digits(data.split)
@@ -57,7 +58,8 @@ def list_rows(data: Data, cache_dir: Path | None) -> Listing:
     if path.exists() or not HUB_NAME.fullmatch(name):
         known = "an image folder, a .parquet file, a folder of them, a Hub name or builtin:digits"
         raise UserError(f"--dataset_name {name!r}: no such folder or parquet file. It takes {known}.")
-    return _list_parquet(*_resolve_hub(data, cache_dir))
+    addresses, features = _resolve_hub(data, cache_dir)
+    return _list_parquet(addresses, data, features)
 
 
 def _list_digits(split: str) -> Listing:
@@ -70,23 +72,28 @@ def _list_digits(split: str) -> Listing:
     order = np.random.RandomState(0).permutation(1797)  # the one numpy stream promised never to change (NEP 19)
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     first, last = DIGITS_SPLITS[split]
-    rows = (Row(f"digit {i}", Image.fromarray(images[i]), int(bunch.target[i])) for i in order[first:last])
+    rows = (
+        Row(f"digit {i}", partial(_pair, Image.fromarray(images[i]), int(bunch.target[i]))) for i in order[first:last]
+    )
     return Listing(last - first, rows, tuple(map(str, range(10))), True)
 
 
 def _list_folder(root: Path, data: Data) -> Listing:
     folders = _folders(root)
     if folders and set(folders) <= set(SPLIT_NAMES):
+        if data.split not in folders:
+            raise UserError(f"{str(root)!r} has no split {data.split!r}. Take one of: {', '.join(folders)}.")
         root = root / data.split
-        folders = _folders(root) if root.is_dir() else []
-    if not root.is_dir() or (data.split != "train" and root.name != data.split):
-        raise UserError(f"{data.dataset_name!r} has no folder {data.split!r}. Check --split, or leave it out.")
+        folders = _folders(root)
+    elif data.split != "train":
+        raise UserError(f"{str(root)!r} has no sub-folder of split {data.split!r}. Name the folder of those images.")
     if data.label_column not in (None, "label"):
         raise UserError(f"no column {data.label_column!r}: an image folder has the columns image, label.")
+    extensions = image_extensions()
     found = itertools.chain(root.iterdir(), *((root / folder).rglob("*") for folder in folders))
-    names = sorted(path.relative_to(root).parts for path in found if path.suffix.lower() in image_extensions())
+    names = sorted(path.relative_to(root).parts for path in found if path.suffix.lower() in extensions)
     names = [parts for parts in names if not any(p.startswith(".") for p in parts) and root.joinpath(*parts).is_file()]
-    rows = (Row("/".join(p), root.joinpath(*p), p[0] if len(p) > 1 else None) for p in names)
+    rows = (Row("/".join(p), partial(_pair, root.joinpath(*p), p[0] if len(p) > 1 else None)) for p in names)
     return Listing(len(names), rows, tuple(folders), bool(folders))
 
 
@@ -94,13 +101,14 @@ def _folders(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def image_extensions() -> set[str]:
-    return {extension for extension, name in Image.registeredimage_extensions().items() if name in FORMATS}
-
-
 def parquet_files(path: Path, split: str) -> list[Path]:
-    """The parquet files of a split: those named after it; all, when no file is named after any split."""
+    """The parquet files of a split: those named after it; all, when no file is named after any split.
+
+    Empty when `path` is no parquet file nor a folder that holds one. Raises UserError: no file of that split.
+    """
     if path.is_file() and path.suffix == ".parquet":
+        if split != "train":
+            raise UserError(f"{str(path)!r} is one file, without a split {split!r}. Name the file of those images.")
         return [path]
     files = sorted(path.glob("*.parquet")) if path.is_dir() else []
     split_of = {file: re.split(r"[-_.]", file.name)[0] for file in files}
@@ -113,7 +121,7 @@ def parquet_files(path: Path, split: str) -> list[Path]:
     return chosen
 
 
-def _resolve_hub(data: Data, cache_dir: Path | None) -> tuple[list[str], Data, datasets.Features | None]:
+def _resolve_hub(data: Data, cache_dir: Path | None) -> tuple[list[str], datasets.Features | None]:
     """Addresses (hf://...) of the split's parquet files; they are streamed, not downloaded."""
     name = data.dataset_name
     with tempfile.TemporaryDirectory() as scratch:
@@ -128,10 +136,11 @@ def _resolve_hub(data: Data, cache_dir: Path | None) -> tuple[list[str], Data, d
     if not all(file.endswith(".parquet") for file in files):
         download = f"hf download --repo-type dataset {name} --local-dir FOLDER"
         raise UserError(f"{name!r} keeps other files than parquet. Run `{download}`, then --dataset_name FOLDER.")
-    return files, data, builder.info.features
+    return files, builder.info.features
 
 
 def hub_error(name: str, error: Exception) -> UserError:
+    """What to tell when the Hub does not give the data set `name`."""
     reason = (str(error).splitlines() or [""])[0]
     return UserError(
         f"{name!r} is no file or folder here, and as a data set of the Hub it could not be opened "
@@ -140,16 +149,19 @@ def hub_error(name: str, error: Exception) -> UserError:
 
 
 def _list_parquet(files: Sequence[Path | str], data: Data, features: datasets.Features | None) -> Listing:
+    """`features`: what stands over the files' own metadata, if anything."""
     wanted = [column for column in (data.image_column, data.label_column) if column is not None]
-    num_rows, label_names = 0, None
+    num_rows, label_names = 0, []
     for path in files:
         with _parquet(path) as file:
             num_rows += file.metadata.num_rows
             _check_columns(path, file.schema_arrow, data)
-            features = features or datasets.Features.from_arrow_schema(file.schema_arrow)
-    feature = features.get(data.label_column) if features and data.label_column else None
-    if isinstance(feature, datasets.ClassLabel):
-        label_names = tuple(feature.names)
+            feature = (features or datasets.Features.from_arrow_schema(file.schema_arrow)).get(data.label_column)
+            label_names.append(tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None)
+    if len(set(label_names)) > 1:
+        raise UserError(
+            f"{data.dataset_name!r}: its files disagree about the class names. Give one file or rewrite them."
+        )
 
     def rows() -> Iterator[Row]:
         for path in files:
@@ -159,9 +171,20 @@ def _list_parquet(files: Sequence[Path | str], data: Data, features: datasets.Fe
                     images = batch.column(data.image_column)
                     labels = batch.column(data.label_column) if data.label_column else [None] * len(batch)
                     for image, label in zip(images, labels, strict=True):
-                        yield Row(f"{Path(path).name} row {next(position)}", image, label)
+                        yield Row(f"{Path(path).name} row {next(position)}", partial(_values, image, label))
 
-    return Listing(num_rows, rows(), label_names, data.label_column is not None)
+    return Listing(num_rows, rows(), label_names[0], data.label_column is not None)
+
+
+def _pair(image: Path | Image.Image, label: int | str | None) -> tuple[Path | Image.Image, int | str | None]:
+    return image, label
+
+
+def _values(image: pa.Scalar, label: pa.Scalar | None) -> tuple[bytes, Any]:
+    encoded = image["bytes"] if isinstance(image, pa.StructScalar) else image
+    if not encoded.is_valid:
+        raise ValueError("no image")
+    return encoded.as_py(), None if label is None else label.as_py()
 
 
 @contextmanager
@@ -173,7 +196,9 @@ def _parquet(path: Path | str) -> Iterator[pq.ParquetFile]:
     except UserError:
         raise
     except Exception as error:  # the container, not a record: nothing behind it can be listed
-        raise UserError(f"{str(path)!r} cannot be read as parquet ({type(error).__name__}). Replace the file.") from error
+        raise UserError(
+            f"{str(path)!r} cannot be read as parquet ({type(error).__name__}). Replace the file."
+        ) from error
 
 
 def _check_columns(path: Path | str, schema: pa.Schema, data: Data) -> None:
@@ -183,4 +208,8 @@ def _check_columns(path: Path | str, schema: pa.Schema, data: Data) -> None:
     kind = schema.field(data.image_column).type
     encoded = kind.get_field_index("bytes") >= 0 if pa.types.is_struct(kind) else False
     if not (encoded or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise UserError(f"{str(path)!r}: column {data.image_column!r} holds {kind}, not encoded images. Set --image_column.")
+        raise UserError(
+            f"{str(path)!r}: column {data.image_column!r} holds {kind}, not encoded images. Set --image_column."
+        )
+    if data.label_column is not None and pa.types.is_nested(schema.field(data.label_column).type):
+        raise UserError(f"{str(path)!r}: column {data.label_column!r} holds no single label. Set --label_column.")

@@ -6,7 +6,7 @@ import torch
 
 from dp_peft_diffusion.errors import PrivacyError
 from dp_peft_diffusion.gradients.functional import Gradients
-from dp_peft_diffusion.privacy.randomness import generator
+from dp_peft_diffusion.privacy.randomness import Purpose, generator
 
 
 def add_noise(total: Gradients, noise_stddev: float, key: bytes, step: int) -> Gradients:
@@ -28,7 +28,7 @@ def add_noise(total: Gradients, noise_stddev: float, key: bytes, step: int) -> G
     """
     if not (math.isfinite(noise_stddev) and noise_stddev > 0):
         raise PrivacyError(f"noise_stddev {noise_stddev} gives no privacy; it must be a finite number above 0.")
-    stream = generator(key, "noise", step)
+    stream = generator(key, Purpose.NOISE, step)
     noisy = {}
     for name, tensor in total.items():
         noise = torch.as_tensor(noise_stddev * stream.standard_normal(tuple(tensor.shape)), dtype=torch.float64)

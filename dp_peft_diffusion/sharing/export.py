@@ -51,7 +51,7 @@ def shareable_recipe(recipe: Recipe) -> Recipe:
 
 def write_adapter(base: BaseModel, adapter: Adapter, folder: Path) -> None:
     """adapter_config.json and adapter_model.safetensors, as stock peft writes them, names sorted."""
-    to_peft(base, adapter).save_pretrained(folder)
+    to_peft(base, adapter).save_pretrained(folder, save_embedding_layers=False)
     config = json.loads((folder / CONFIG_FILE).read_text())
     config["target_modules"] = sorted(config["target_modules"])
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -71,20 +71,20 @@ def test_only_private_rows_move_and_the_null_row_stays(base):
 @pytest.mark.parametrize("spec", [SPEC, Adapter(rank=1, target_modules=("to_k",), freeze_a=True)])
 def test_stock_peft_reloads_the_same_outputs(base, inputs, tmp_path, spec):
     adapter = moved(base, spec)
-    to_peft(base, adapter).save_pretrained(tmp_path)
+    to_peft(base, adapter).save_pretrained(tmp_path, save_embedding_layers=False)
     stock = PeftModel.from_pretrained(copy.deepcopy(base.unet), tmp_path).eval()
     assert torch.allclose(answer(stock, inputs), answer(adapter.unet, inputs), atol=1e-5)
     assert not torch.allclose(answer(stock, inputs), answer(base.unet, inputs), atol=1e-3)
 
 
 def test_alpha_is_folded_into_the_file(base, tmp_path):
-    to_peft(base, moved(base)).save_pretrained(tmp_path)
+    to_peft(base, moved(base)).save_pretrained(tmp_path, save_embedding_layers=False)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["lora_alpha"] == config["r"] == 2
 
 
 def test_only_the_private_rows_are_saved(base, tmp_path):
-    to_peft(base, moved(base)).save_pretrained(tmp_path)
+    to_peft(base, moved(base)).save_pretrained(tmp_path, save_embedding_layers=False)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     rows = [tensor for name, tensor in tensors.items() if "class_embedding" in name]
     assert [tuple(row.shape) for row in rows] == [(3, base.unet.class_embedding.embedding_dim)]
@@ -92,14 +92,14 @@ def test_only_the_private_rows_are_saved(base, tmp_path):
 
 def test_merging_gives_a_plain_unet_with_the_same_outputs(base, inputs, tmp_path):
     adapter = moved(base)
-    to_peft(base, adapter).save_pretrained(tmp_path)
+    to_peft(base, adapter).save_pretrained(tmp_path, save_embedding_layers=False)
     merged = merge_adapter(copy.deepcopy(base.unet), tmp_path)
     assert type(merged) is type(base.unet)
     assert torch.allclose(answer(merged, inputs), answer(adapter.unet, inputs), atol=1e-4)
 
 
 def test_weight_zero_merges_to_the_base_and_weights_are_linear(base, inputs, tmp_path):
-    to_peft(base, moved(base)).save_pretrained(tmp_path)
+    to_peft(base, moved(base)).save_pretrained(tmp_path, save_embedding_layers=False)
     none = merge_adapter(copy.deepcopy(base.unet), tmp_path, weight=0.0)
     assert torch.equal(answer(none, inputs), answer(base.unet, inputs))
     half = merge_adapter(copy.deepcopy(base.unet), tmp_path, weight=0.5).state_dict()
@@ -142,7 +142,7 @@ def test_given_rows_may_be_overwritten(base):
     ],
 )
 def test_a_strangers_config_is_checked_before_peft_sees_it(base, tmp_path, change, message):
-    to_peft(base, moved(base)).save_pretrained(tmp_path)
+    to_peft(base, moved(base)).save_pretrained(tmp_path, save_embedding_layers=False)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=message):
@@ -151,7 +151,7 @@ def test_a_strangers_config_is_checked_before_peft_sees_it(base, tmp_path, chang
 
 @pytest.mark.parametrize("plant", ["nan", "missing", "extra"])
 def test_wrong_tensors_are_refused(base, tmp_path, plant):
-    to_peft(base, moved(base)).save_pretrained(tmp_path)
+    to_peft(base, moved(base)).save_pretrained(tmp_path, save_embedding_layers=False)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     first = sorted(tensors)[0]
     if plant == "nan":

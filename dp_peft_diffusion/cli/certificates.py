@@ -1,0 +1,55 @@
+"""`dp-peft verify` and `dp-peft inspect`: read a folder that somebody handed over."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dp_peft_diffusion.cli.options import format_option
+
+_folder = click.argument("folder", type=click.Path(path_type=Path))
+
+
+@click.command()
+@_folder
+@format_option
+def verify(folder: Path, style: str) -> None:
+    """Check the files and the promise of a folder.
+
+    Says also what no check can prove. Exit code 0: all checks passed. 3: one did not.
+    """
+    raise NotImplementedError
+
+
+@click.command("inspect")
+@_folder
+@format_option
+def inspect_folder(folder: Path, style: str) -> None:
+    """Print all that a folder says.
+
+    Every file, every byte of metadata, the shape of each tensor, the size of the change, and the certificate.
+    """
+    from dp_peft_diffusion.cli.inspection import inspect_files
+
+    facts = inspect_files(folder)
+    click.echo(json.dumps(facts, indent=2) if style == "json" else "\n".join(inspection_lines(facts)))
+
+
+def inspection_lines(facts: dict[str, Any]) -> list[str]:
+    """The facts of `inspect_files` for people. Strings of the files are shown as JSON, so none can steer a terminal."""
+    lines = [f"files in {facts['folder']}"]
+    lines += [f"  {size:>12,} bytes  {json.dumps(name)}" for name, size in facts["files"].items()]
+    for name, weights in facts["safetensors"].items():
+        lines += ["", f"{json.dumps(name)}: metadata", f"  {json.dumps(weights['metadata'])}", "tensors"]
+        for tensor, about in weights["tensors"].items():
+            norm = "not read" if about["norm"] is None else f"{about['norm']:.4g}"
+            lines.append(f"  {about['dtype']} {str(about['shape']):<18} norm {norm:<10} {json.dumps(tensor)}")
+        if weights["changes"]:
+            total = sum(value**2 for value in weights["changes"].values()) ** 0.5
+            lines.append(f"change of the base's weights, norm of scale * B @ A: {total:.4g} in all")
+            lines += [f"  {value:<10.4g} {json.dumps(module)}" for module, value in weights["changes"].items()]
+    for name in ("adapter_config.json", "privacy.json"):
+        said = "there is none" if facts[name] is None else json.dumps(facts[name], indent=2)
+        lines += ["", f"{name}: {said}"]
+    return lines

@@ -1,0 +1,160 @@
+"""`dp-peft sample` and `dp-peft evaluate`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dp_peft_diffusion.cli.options import format_option
+from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.recipe import MAX_SEED, Data, load_recipe
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_REAL_IMAGES = ("dataset_name", "dataset_config_name", "split", "image_column", "label_column", "center_crop")
+
+
+@click.command()
+@click.option("--adapter", metavar="FOLDER", required=True, type=click.Path(path_type=Path), help="Folder of a run.")
+@click.option("--num_images", default=64, show_default=True, type=click.IntRange(min=1), help="How many.")
+@click.option("--class_labels", metavar="A,B,...", help="Names or positions of classes, in turn.  [all, evenly]")
+@click.option("--scheduler", help="ddim, ddpm, dpmsolver++, or a diffusers class.  [the recipe's]")
+@click.option("--num_inference_steps", type=click.IntRange(min=1), help="Denoising steps.  [the recipe's]")
+@click.option("--guidance_scale", type=click.FloatRange(min=0), help="1: none.  [the recipe's]")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, MAX_SEED - 1), help="Same seed, same images."
+)
+@click.option("--output_dir", type=click.Path(path_type=Path), help="Where the images go.  [FOLDER-samples]")
+@click.option("--parquet", is_flag=True, help="Write images.parquet too.")
+@click.option("--base", help="The base, if it lies elsewhere than the recipe says.")
+def sample(adapter: Path, class_labels: str | None, output_dir: Path | None, parquet: bool, **settings: Any) -> None:
+    """Generate images with an adapter.
+
+    The adapter is merged into its base. This costs no privacy, however many images you take.
+    """
+    folder = output_dir or adapter.absolute().with_name(f"{adapter.absolute().name}-samples")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--output_dir {folder} is not empty. Choose another --output_dir, or remove that folder.")
+    names = None if class_labels is None else class_names(adapter, class_labels)
+
+    from dp_peft_diffusion.diffusion.generation import generate, write_images
+
+    images, labels = generate(adapter, class_labels=names, **settings)
+    write_images(folder, images, labels, parquet=parquet)
+    click.echo(f"{len(images)} images: {folder / 'images'}  grid: {folder / 'grid.png'}")
+
+
+def class_names(adapter: Path, text: str) -> list[str]:
+    """Class names from names or positions: a word that is a name is that name, even "3".
+
+    Raises:
+        UserError: neither a class of the adapter nor a position among them, or no classes at all.
+    """
+    known = adapter_classes(adapter)
+    names = []
+    for word in (part.strip() for part in text.split(",")):
+        if word not in known and not (word.isdecimal() and int(word) < len(known)):
+            raise UserError(f"--class_labels: {word!r} is no class of this adapter. There is: {', '.join(known)}.")
+        names.append(word if word in known else known[int(word)])
+    return names
+
+
+def adapter_classes(folder: Path) -> tuple[str, ...]:
+    """The classes an adapter was trained on.
+
+    Raises:
+        UserError: it has none, or the folder is not one of a run.
+    """
+    known = load_recipe(folder / "recipe.yaml").data.class_names
+    if known is None:
+        raise UserError(f"{folder} has no classes. Use it without --class_labels; classifiers need classes.")
+    return known
+
+
+@click.command()
+@click.argument("synthetic", metavar="FOLDER_OR_IMAGES", type=click.Path(path_type=Path))
+@click.option("--dataset_name", required=True, help="Real images to test on.")
+@click.option("--dataset_config_name", help="Configuration of a Hub data set.")
+@click.option("--split", default="test", show_default=True, help="Split of the real images that was not trained on.")
+@click.option("--image_column", default="image", show_default=True, help="Column of the images.")
+@click.option("--label_column", default="label", show_default=True, help="Column of the labels.")
+@click.option("--class_names", metavar="A,B,...", help="Classes, in order.  [the adapter's, or the data set's]")
+@click.option("--center_crop", is_flag=True, help="Cut the middle square out of the real images.")
+@click.option("--declared_public", is_flag=True, help="The real images need no protection.")
+@click.option(
+    "--num_images", default=2000, show_default=True, type=click.IntRange(min=1), help="To sample and train on."
+)
+@click.option("--guidance_scale", type=click.FloatRange(min=0), help="When sampling.  [the recipe's]")
+@click.option("--evaluation_resolution", type=click.IntRange(min=1), help="Side that all images are resized to.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, MAX_SEED - 1), help="Of sampling and nets."
+)
+@format_option
+def evaluate(synthetic: Path, class_names: str | None, **settings: Any) -> None:
+    """Test classifiers trained on synthetic images.
+
+    They are tested on real images, of which they see none before.
+
+    FOLDER_OR_IMAGES is a run's folder, which is sampled first, or what dp-peft sample wrote.
+    """
+    names = tuple(part.strip() for part in class_names.split(",")) if class_names else None
+    result = _evaluate(synthetic, names, **settings)
+    if settings["style"] == "json":
+        click.echo(json.dumps(result, indent=2))
+        return
+    for name, title in (("logistic_regression", "logistic regression"), ("cnn", "small CNN")):
+        click.echo(f"{title:<20} {result[name]['accuracy']:.1%} of {result['num_real_images']} real images right")
+    click.echo(f"{'trained on':<20} {result['num_synthetic_images']} synthetic images, seed {result['seed']}")
+    if "statement" in result:
+        click.echo(result["statement"])
+
+
+def _evaluate(path: Path, names: tuple[str, ...] | None, **settings: Any) -> dict[str, Any]:
+    from dp_peft_diffusion.diffusion.datasets import open_examples
+    from dp_peft_diffusion.evaluation import utility
+
+    is_adapter = (path / "adapter_config.json").is_file()
+    data = Data(**{key: settings[key] for key in _REAL_IMAGES})
+    if is_adapter:
+        names = names or adapter_classes(path)
+        images, labels = sampled(path, names, settings)
+    else:
+        names = names or listed_classes(data)
+        images, labels = utility.load_synthetic(path, names)
+    real = open_examples(replace(data, class_names=names), images.shape[2], images.shape[1])
+    real_images, real_labels = real.valid_arrays()
+    if settings["evaluation_resolution"] is not None:
+        images, real_images = (utility.to_side(x, settings["evaluation_resolution"]) for x in (images, real_images))
+    public = settings["declared_public"] or data.dataset_name.startswith("builtin:")
+    return utility.evaluate(images, labels, real_images, real_labels, seed=settings["seed"], declared_public=public)
+
+
+def listed_classes(data: Data) -> tuple[str, ...]:
+    """The classes that the data set itself names.
+
+    Raises:
+        UserError: it names none.
+    """
+    from dp_peft_diffusion.diffusion.listing import list_rows
+
+    names = list_rows(data, None).label_names
+    if names is None:
+        raise UserError(f"{data.dataset_name!r} does not name its classes. Give them in order: --class_names 0,1,2")
+    return names
+
+
+def sampled(folder: Path, names: tuple[str, ...], settings: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Fresh images (n, c, h, w) uint8 of an adapter and their class positions (n,)."""
+    import numpy as np
+
+    from dp_peft_diffusion.diffusion.generation import generate
+
+    wanted = {key: settings[key] for key in ("num_images", "guidance_scale", "seed")}
+    images, labels = generate(folder, class_labels=names, **wanted)
+    arrays = np.stack([np.atleast_3d(np.asarray(image)).transpose(2, 0, 1) for image in images])
+    return arrays, np.array([names.index(label) for label in labels])

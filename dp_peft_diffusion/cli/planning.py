@@ -1,0 +1,8 @@
+"""`dp-peft plan`."""
+
+import click
+
+
+@click.command()
+def plan() -> None:
+    """x"""

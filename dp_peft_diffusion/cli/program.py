@@ -1,0 +1,72 @@
+"""How the program fails: one line that begins with `error:`, an exit code, and no traceback."""
+
+from typing import Any, NoReturn
+
+import click
+
+from dp_peft_diffusion.cli.dialect import refusal
+from dp_peft_diffusion.errors import PrivacyError, RunError, UserError
+
+EXIT_CODES = {UserError: 2, RunError: 1, PrivacyError: 3}
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class Failure(click.ClickException):
+    """An error as the user sees it, on stderr."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+    def show(self, file: Any = None) -> None:
+        """Print it."""
+        click.echo(f"error: {self.message}", err=True)
+
+
+class Program(click.Group):
+    """The group of all commands, which turns every expected error into a `Failure`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Commands in the order a user meets them."""
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (UserError, RunError, PrivacyError) as error:
+            raise Failure(str(error), EXIT_CODES[type(error)]) from error
+        except click.UsageError as error:
+            _usage(error)
+        except KeyboardInterrupt:
+            _interrupted(ctx)
+        except BrokenPipeError:
+            raise  # the reader of our output left: click ends quietly
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise Failure(f"{error.filename}: {error.strerror}. Check the path and its rights.", 1) from error
+
+
+def hint(text: str) -> None:
+    """Something helpful that is not the result: to stderr."""
+    click.echo(text, err=True)
+
+
+def _usage(error: click.UsageError) -> NoReturn:
+    where = error.ctx.command_path if error.ctx else "dp-peft"
+    if isinstance(error, click.NoSuchOption) and where.endswith(" train"):
+        known_elsewhere = refusal(error.option_name)
+        if known_elsewhere:
+            raise Failure(known_elsewhere, 2) from error
+    raise Failure(f"{error.format_message()} Type {where} --help.", 2) from error
+
+
+def _interrupted(ctx: click.Context) -> NoReturn:
+    hint("\nStopped, as you asked.")
+    if ctx.invoked_subcommand == "train":
+        hint(
+            "An unfinished run is not resumed. If its steps had begun, their privacy is spent and nothing shareable "
+            "was written; to start afresh, give another --output_dir, or remove the folder of this run."
+        )
+    ctx.exit(INTERRUPTED)

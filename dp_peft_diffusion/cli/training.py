@@ -1,0 +1,121 @@
+"""`dp-peft train` and `dp-peft pretrain`."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dp_peft_diffusion.cli.options import RecipeCommand, given_options, recipe_options
+from dp_peft_diffusion.cli.program import hint
+from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.recipe import PretrainRecipe, Recipe, load_pretrain_recipe, load_recipe, recipe_path
+
+DEFAULT_RECIPE = "digits"
+_named = click.option("--recipe", metavar="NAME", help="A recipe that comes with the package.")
+_config = click.option("--config", metavar="FILE", type=click.Path(path_type=Path), help="A recipe file of your own.")
+
+
+@click.command(cls=RecipeCommand)
+@_named
+@_config
+@click.option(
+    "--output_dir", type=click.Path(path_type=Path), help="Folder of the run.  [runs/RECIPE_OR_DATA-epsEPSILON]"
+)
+@click.option("--dry_run", "-n", is_flag=True, help="Print the plan and stop.")
+@recipe_options(Recipe())
+@click.pass_context
+def train(ctx: click.Context, **params: Any) -> None:
+    """Train an adapter privately, into a folder to share.
+
+    Options stand over the recipe, the recipe over the values in brackets; `none` takes a value away. With neither
+    a recipe, nor a base, nor a data set, the recipe is digits, which needs no download.
+    """
+    flags = given_options(ctx)
+    recipe, name = choose_recipe(params["recipe"], params["config"], flags)
+    folder = params["output_dir"] or Path("runs") / run_name(recipe, name)
+
+    from dp_peft_diffusion.training import FinishedRun, plan_text, prepare, run
+
+    try:
+        prepared = prepare(recipe, folder)
+    except FinishedRun as finished:
+        click.echo(f"This run is finished: {finished.folder}. Nothing was trained and no privacy was spent.")
+        next_commands(finished.folder, recipe)
+        return
+    click.echo(plan_text(prepared))
+    if params["dry_run"]:
+        click.echo("Nothing was trained. Remove --dry_run to start.")
+        return
+    result = run(prepared)
+    if result.certificate is None:
+        click.echo(f"Done, WITHOUT privacy and not to be shared: {result.folder}")
+    else:
+        click.echo(f"Done. Shareable: {result.folder}  Keep to yourself: {result.private_folder}")
+    next_commands(result.folder, recipe)
+
+
+@click.command(cls=RecipeCommand)
+@_named
+@_config
+@click.option("--output_dir", type=click.Path(path_type=Path), help="Folder of the run.  [runs/RECIPE-base]")
+@recipe_options(PretrainRecipe(dataset_name=""))
+@click.pass_context
+def pretrain(ctx: click.Context, **params: Any) -> None:
+    """Pretrain a base on PUBLIC images. This is not private.
+
+    Nothing protects these images: whoever gets the base may find them in it. To go on after a stop, type the same
+    command again. Options stand over the recipe, the recipe over the values in brackets.
+    """
+    name, config = params["recipe"], params["config"]
+    if (name is None) == (config is None):
+        raise UserError("give either --recipe or --config. Type for example --recipe handwriting.")
+    path = recipe_path(name) if config is None else config
+    recipe = load_pretrain_recipe(path, given_options(ctx))
+    folder = params["output_dir"] or Path("runs") / f"{path.stem}-base"
+    click.echo(f"Pretraining on {recipe.dataset_name}, as public images: this is NOT private and gives no promise.")
+
+    from dp_peft_diffusion.pretraining import pretrain as run
+
+    base = run(recipe, folder)
+    click.echo(f"Done. Base: {base}")
+    hint(f"Train privately on it:\n  {_command('train', '--pretrained_model_name_or_path', base, '--epsilon', 1)}")
+
+
+def choose_recipe(name: str | None, config: Path | None, flags: dict[str, Any]) -> tuple[Recipe, str]:
+    """The recipe a command line asks for, and the name its run goes by.
+
+    Raises:
+        UserError: both a name and a file, or anything that `load_recipe` refuses.
+    """
+    if name is not None and config is not None:
+        raise UserError("--recipe and --config are both given. Keep one of them.")
+    own_images, own_base = "data.dataset_name" in flags, "model.pretrained_model_name_or_path" in flags
+    if name is None and config is None and not (own_images or own_base):
+        name = DEFAULT_RECIPE
+        hint(f"Recipe: {name}, as no other was named.")
+    path = config if name is None else recipe_path(name)
+    recipe = load_recipe(path, flags)
+    return recipe, Path(recipe.data.dataset_name).stem if own_images or path is None else path.stem
+
+
+def run_name(recipe: Recipe, name: str) -> str:
+    """Name of the run's folder: what it learns from, and its promise."""
+    privacy = recipe.privacy
+    promise = f"eps{privacy.epsilon:g}" if privacy.epsilon is not None else f"noise{privacy.noise_multiplier}"
+    plain = re.sub(r"[^\w.-]+", "-", name.removeprefix("builtin:")).strip("-.") or "images"
+    return f"{plain}-not-private" if privacy.no_privacy else f"{plain}-{promise}"
+
+
+def next_commands(folder: Path, recipe: Recipe) -> None:
+    """What to try with a finished run. Without privacy there is no promise to verify."""
+    lines = [_command("sample", "--adapter", folder, "--num_images", 64)]
+    if not recipe.privacy.no_privacy:
+        lines.append(_command("verify", folder))
+    lines.append(_command("evaluate", folder, "--dataset_name", recipe.data.dataset_name))
+    hint("Try next:\n  " + "\n  ".join(lines))
+
+
+def _command(*words: object) -> str:
+    return shlex.join(["dp-peft", *map(str, words)])

@@ -1,0 +1,214 @@
+"""`dp-peft sample`, `evaluate` and `inspect` on folders, with sampling itself replaced."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.numpy import save_file
+
+from dp_peft_diffusion.cli import main
+from dp_peft_diffusion.cli.inspection import changes
+from dp_peft_diffusion.recipe import load_recipe, recipe_path, to_yaml
+
+
+def invoke(*words):
+    return CliRunner().invoke(main, [str(word) for word in words], prog_name="dp-peft")
+
+
+def refused(*words):
+    result = invoke(*words)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    return result.stderr
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A folder as a run leaves it: rank-2 LoRA of one module, a class row, a certificate."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    tensors = {
+        "base_model.model.mid.to_q.lora_A.weight": rng.normal(size=(2, 5)).astype(np.float32),
+        "base_model.model.mid.to_q.lora_B.weight": rng.normal(size=(3, 2)).astype(np.float32),
+        "base_model.model.class_embedding.token_adapter.trainable_tokens_delta": np.ones((10, 4), np.float32),
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", {"secret path": "/home/alice\x1b[2J"})
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6}))
+    (folder / "privacy.json").write_text(json.dumps({"guarantee": {"epsilon": 1.0}}))
+    recipe = load_recipe(recipe_path("digits"), {"data.class_names": ("cat", "dog", "1")})
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    return SimpleNamespace(folder=folder, tensors=tensors)
+
+
+def test_inspect_prints_every_metadata_byte_shape_norm_change_and_the_certificate(adapter):
+    result = invoke("inspect", adapter.folder)
+    assert result.exit_code == 0, result.output
+    a, b, rows = adapter.tensors.values()
+    for shown in ("secret path", "/home/alice", "[2, 5]", "[3, 2]", "[10, 4]", '"epsilon": 1.0', '"lora_alpha": 6'):
+        assert shown in result.stdout
+    for norm in (np.linalg.norm(a), np.linalg.norm(rows), 3 * np.linalg.norm(b @ a)):
+        assert f"{norm:.4g}" in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+def test_inspect_for_programs_holds_the_same(adapter):
+    facts = json.loads(invoke("inspect", adapter.folder, "--format", "json").stdout)
+    a, b, _ = adapter.tensors.values()
+    weights = facts["safetensors"]["adapter_model.safetensors"]
+    assert weights["changes"]["mid.to_q"] == pytest.approx(3 * np.linalg.norm(b.astype(float) @ a), rel=1e-6)
+    assert weights["metadata"] == {"secret path": "/home/alice\x1b[2J"}
+    assert set(weights["tensors"]) == set(adapter.tensors)
+    files = {path.name: path.stat().st_size for path in adapter.folder.iterdir()}
+    assert facts["files"] == files
+
+
+def test_the_change_of_a_convolution_and_an_embedding_is_that_of_the_flattened_matrices():
+    rng = np.random.default_rng(1)
+    conv_a, conv_b = rng.normal(size=(2, 3, 3, 3)), rng.normal(size=(5, 2, 1, 1))
+    row_a, row_b = rng.normal(size=(2, 7)), rng.normal(size=(4, 2))
+    found = changes(
+        {
+            "c.lora_A.weight": conv_a,
+            "c.lora_B.weight": conv_b,
+            "e.lora_embedding_A": row_a,
+            "e.lora_embedding_B": row_b,
+            "lonely.lora_A.weight": row_a,
+            "odd.lora_A.weight": np.zeros((0, 3)),
+            "odd.lora_B.weight": np.zeros((3, 0)),
+        },
+        scale=0.5,
+    )
+    kernel = np.einsum("or,rihw->oihw", conv_b[:, :, 0, 0], conv_a)
+    assert found == pytest.approx({"c": 0.5 * np.linalg.norm(kernel), "e": 0.5 * np.linalg.norm(row_b @ row_a)})
+
+
+def test_inspect_refuses_what_is_no_run_folder(adapter, tmp_path):
+    assert "not a folder" in refused("inspect", tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    assert "no .safetensors" in refused("inspect", tmp_path / "empty")
+    (adapter.folder / "privacy.json").write_text("{")
+    assert "not JSON" in refused("inspect", adapter.folder)
+    (adapter.folder / "adapter_model.safetensors").write_bytes(b"junk")
+    assert "not a safetensors file" in refused("inspect", adapter.folder)
+
+
+@pytest.fixture
+def generation(monkeypatch):
+    fake = ModuleType("generation")
+    fake.asked, fake.written = [], []
+
+    def generate(folder, **settings):
+        fake.asked.append((folder, settings))
+        names = settings["class_labels"] or ["cat"]
+        labels = [names[i % len(names)] for i in range(settings["num_images"])]
+        return [Image.new("L", (8, 8), 20 * i) for i in range(len(labels))], labels
+
+    fake.generate = generate
+    fake.write_images = lambda folder, images, labels, parquet: fake.written.append((folder, labels, parquet))
+    monkeypatch.setitem(sys.modules, "dp_peft_diffusion.diffusion.generation", fake)
+    return fake
+
+
+def test_sample_passes_everything_on_and_leaves_the_rest_to_the_recipe(generation, adapter):
+    result = invoke("sample", "--adapter", adapter.folder, "--num-images", 3)
+    assert result.exit_code == 0, result.output
+    settings = {"num_images": 3, "class_labels": None, "scheduler": None, "num_inference_steps": None}
+    settings |= {"guidance_scale": None, "seed": 0, "base": None}
+    assert generation.asked == [(adapter.folder, settings)]
+    assert generation.written == [(adapter.folder.with_name("run-samples"), ["cat"] * 3, False)]
+    assert str(adapter.folder.with_name("run-samples")) in result.stdout
+
+
+def test_class_labels_are_names_or_positions_and_a_name_comes_first(generation, adapter):
+    invoke("sample", "--adapter", adapter.folder, "--class_labels", "dog, 0,1,2")
+    assert generation.asked[0][1]["class_labels"] == ["dog", "cat", "1", "1"]
+
+
+def test_sample_refuses_bad_input_and_never_mixes_with_old_images(generation, adapter, tmp_path):
+    base = ["sample", "--adapter", adapter.folder]
+    assert "cat, dog, 1" in refused(*base, "--class_labels", "cow")
+    assert "'7'" in refused(*base, "--class_labels", "7")
+    assert "--num_images" in refused(*base, "--num_images", 0)
+    assert "--guidance_scale" in refused(*base, "--guidance_scale", -1)
+    assert "--seed" in refused(*base, "--seed", -1)
+    assert "recipe.yaml" in refused("sample", "--adapter", tmp_path, "--class_labels", "cat")
+    assert "not empty" in refused(*base, "--output_dir", adapter.folder)
+    assert generation.asked == []
+
+
+@pytest.fixture
+def evaluation(monkeypatch, generation):
+    """Real images and classifiers replaced by records of what they are given."""
+    fakes = {name: ModuleType(name) for name in ("datasets", "listing", "utility")}
+    seen = SimpleNamespace(opened=None, evaluated=None, statement={"statement": "NOT COVERED"})
+    real = np.zeros((4, 1, 8, 8), np.uint8), np.arange(4) % 3
+
+    def open_examples(data, resolution, channels):
+        seen.opened = (data, resolution, channels)
+        return SimpleNamespace(valid_arrays=lambda: real)
+
+    def evaluate(*arrays, **settings):
+        seen.evaluated = (arrays, settings)
+        scores = {name: {"accuracy": 0.5} for name in ("logistic_regression", "cnn")}
+        return scores | {"num_synthetic_images": 6, "num_real_images": 4, "seed": 0} | seen.statement
+
+    fakes["datasets"].open_examples = open_examples
+    fakes["listing"].list_rows = lambda data, cache: SimpleNamespace(
+        label_names=None if data.dataset_name == "nameless" else ("x", "y")
+    )
+    fakes["utility"].evaluate = evaluate
+    fakes["utility"].to_side = lambda images, side: images[:, :, :side, :side]
+    fakes["utility"].load_synthetic = lambda path, names: (np.zeros((6, 3, 8, 8), np.uint8), np.arange(6) % len(names))
+    monkeypatch.setitem(sys.modules, "dp_peft_diffusion.diffusion.datasets", fakes["datasets"])
+    monkeypatch.setitem(sys.modules, "dp_peft_diffusion.diffusion.listing", fakes["listing"])
+    import dp_peft_diffusion.evaluation
+
+    monkeypatch.setitem(sys.modules, "dp_peft_diffusion.evaluation.utility", fakes["utility"])
+    monkeypatch.setattr(dp_peft_diffusion.evaluation, "utility", fakes["utility"], raising=False)
+    return seen
+
+
+def test_evaluate_samples_a_run_in_its_own_classes(evaluation, generation, adapter):
+    result = invoke("evaluate", adapter.folder, "--dataset_name", "scans", "--num_images", 6, "--seed", 3)
+    assert result.exit_code == 0, result.output
+    data, resolution, channels = evaluation.opened
+    assert (data.dataset_name, data.split, data.class_names) == ("scans", "test", ("cat", "dog", "1"))
+    assert (resolution, channels) == (8, 1)
+    images, labels = evaluation.evaluated[0][:2]
+    assert images.shape == (6, 1, 8, 8) and images[5, 0, 0, 0] == 100
+    assert labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert evaluation.evaluated[1] == {"seed": 3, "declared_public": False}
+    assert "50.0%" in result.stdout and "NOT COVERED" in result.stdout
+
+
+def test_evaluate_reads_images_and_takes_the_classes_the_data_set_names(evaluation, generation, tmp_path):
+    result = invoke("evaluate", tmp_path, "--dataset_name", "scans", "--evaluation_resolution", 4, "--format", "json")
+    assert json.loads(result.stdout)["cnn"] == {"accuracy": 0.5}
+    assert evaluation.opened[0].class_names == ("x", "y") and evaluation.opened[2] == 3
+    assert [x.shape[2:] for x in evaluation.evaluated[0][::2]] == [(4, 4), (4, 4)]
+    assert generation.asked == []
+    assert "--class_names" in refused("evaluate", tmp_path, "--dataset_name", "nameless")
+    invoke("evaluate", tmp_path, "--dataset_name", "nameless", "--class_names", "p, q")
+    assert evaluation.opened[0].class_names == ("p", "q")
+
+
+def test_built_in_images_are_public(evaluation, tmp_path):
+    invoke("evaluate", tmp_path, "--dataset_name", "builtin:digits")
+    assert evaluation.evaluated[1]["declared_public"]
+
+
+def test_an_adapter_without_classes_cannot_be_evaluated(evaluation, adapter):
+    (adapter.folder / "recipe.yaml").write_text("privacy: {epsilon: 1}\n")
+    assert "has no classes" in refused("evaluate", adapter.folder, "--dataset_name", "scans")
+    assert "has no classes" in refused("sample", "--adapter", adapter.folder, "--class_labels", "cat")
+
+
+def test_the_folder_must_exist_as_a_run(adapter):
+    Path(adapter.folder / "recipe.yaml").unlink()
+    assert "cannot be read" in refused("sample", "--adapter", adapter.folder, "--class_labels", "cat")

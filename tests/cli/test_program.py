@@ -1,0 +1,134 @@
+"""The program as a whole: help, light imports, `env`, and the package's lazy names."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import dp_peft_diffusion
+from dp_peft_diffusion import environment
+from dp_peft_diffusion.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ("train", "pretrain", "sample", "verify", "inspect", "plan", "evaluate", "env")
+HEAVY = {"torch", "torchvision", "diffusers", "peft", "transformers", "accelerate", "datasets", "opacus"}
+
+
+def invoke(*words):
+    return CliRunner().invoke(main, list(words), prog_name="dp-peft")
+
+
+def modules_after(*words, exit_codes=(0,)):
+    """Top-level modules that a process of its own has imported after running a command."""
+    code = (
+        "import sys, json\nfrom dp_peft_diffusion.cli import main\n"
+        "try:\n    main(sys.argv[1:], prog_name='dp-peft')\nexcept SystemExit as end:\n    code = end.code\n"
+        "print(json.dumps([code, sorted({name.split('.')[0] for name in sys.modules})]), file=sys.stderr)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    exit_code, modules = json.loads(ended.stderr.splitlines()[-1])
+    assert exit_code in exit_codes, ended.stderr
+    return set(modules)
+
+
+@pytest.mark.parametrize("switch", ["-h", "--help"])
+def test_help_lists_every_command_on_one_screen(switch):
+    result = invoke(switch)
+    assert result.exit_code == 0
+    for name in COMMANDS:
+        assert re.search(rf"^  {name} ", result.stdout, re.MULTILINE), name
+    assert len(result.stdout.splitlines()) <= 24
+    assert "..." not in result.stdout.split("Commands:")[1]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself_and_its_options(name):
+    result = invoke(name, "-h")
+    assert result.exit_code == 0
+    command = main.commands[name]
+    context = click.Context(command, info_name=name)
+    for parameter in command.get_params(context):
+        if isinstance(parameter, click.Option):
+            assert parameter.help, parameter.name
+            assert parameter.opts[0] in result.stdout
+
+
+def test_no_command_at_all_shows_the_help():
+    result = invoke()
+    assert result.exit_code == 2 and "train" in result.output
+
+
+@pytest.mark.parametrize("words", [["--help"], *[[name, "--help"] for name in COMMANDS], ["env"], ["--version"]])
+def test_light_commands_import_nothing_heavy(words):
+    assert not HEAVY & modules_after(*words)  # `env` tries the real pair, in a process of its own
+
+
+def test_help_does_not_even_import_numpy():
+    assert not {"numpy", "safetensors", "dp_accounting", "yaml.cyaml"} & modules_after("--help")
+
+
+def test_the_list_of_imports_is_that_of_the_command():
+    assert {"click", "yaml"} <= modules_after("--help")
+    assert "numpy" in modules_after("inspect", "absent", exit_codes=(2,))
+
+
+PAIR = {"ok": True, "device": "cpu", "error": None, "install": None}
+
+
+def test_env_prints_versions_and_the_pair(monkeypatch):
+    monkeypatch.setattr(environment, "check_pair", lambda: PAIR)
+    result = invoke("env")
+    assert result.exit_code == 0
+    assert re.search(rf"^click +{re.escape(environment.installed('click'))}$", result.stdout, re.MULTILINE)
+    assert "a pair, on cpu" in result.stdout
+    facts = json.loads(invoke("env", "--format", "json").stdout)
+    assert facts["python"] == ".".join(map(str, sys.version_info[:3])) and facts["pair"] == PAIR
+
+
+def test_env_tells_how_to_mend_a_broken_pair(monkeypatch):
+    monkeypatch.setattr(environment, "PAIR_CHECK", "raise RuntimeError('operator torchvision::nms does not exist')")
+    result = invoke("env")
+    assert result.exit_code == 1
+    assert "operator torchvision::nms does not exist" in result.stderr
+    assert f"pip install --force-reinstall {environment.TESTED_PAIR}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("torch", "torchvision", "source"),
+    [("2.9.0+cpu", "0.24.0", "/cpu"), ("2.9.0", "0.24.0+cu128", "/cu128"), ("2.9.0", "0.24.0", ""), (None, None, "")],
+)
+def test_both_of_a_pair_come_from_one_source(torch, torchvision, source):
+    command = environment.pair_command(torch, torchvision)
+    assert command.endswith(f"https://download.pytorch.org/whl{source}" if source else environment.TESTED_PAIR)
+
+
+def test_the_tested_pair_is_the_one_that_constraints_pin():
+    pinned = (ROOT / "constraints.txt").read_text().splitlines()
+    assert set(environment.TESTED_PAIR.split()) <= set(pinned)
+
+
+def test_a_package_that_is_not_there_has_no_version():
+    assert environment.installed("no-such-distribution-here") is None
+
+
+def test_the_package_offers_its_names_without_importing_their_rooms():
+    names = {"DPMechanism", "PerSampleClipper", "Recipe", "inject_adapter", "load_adapter", "merge_adapter"}
+    names |= {"train", "generate", "verify"}
+    assert set(dp_peft_diffusion.__all__) == names <= set(dir(dp_peft_diffusion))
+    code = "import sys, dp_peft_diffusion; dp_peft_diffusion.Recipe; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("name", dp_peft_diffusion.__all__)
+def test_every_offered_name_is_there(name):
+    assert getattr(dp_peft_diffusion, name).__name__ == name
+
+
+def test_a_name_that_is_not_offered_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        dp_peft_diffusion.nothing_like_it

@@ -1,0 +1,134 @@
+import csv
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.evaluation.utility import evaluate, load_synthetic, to_side
+
+NAMES = ("zero", "one", "two")
+
+
+def make_stripes(n: int, seed: int, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """8 x 8 images whose class is the pair of rows that is bright, under strong noise."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, n)
+    images = rng.integers(0, 120, (n, 1, 8, 8))
+    for index, label in enumerate(labels):
+        images[index, :, 2 * label : 2 * label + 2] += 100
+    return images.astype(np.uint8), labels
+
+
+def test_separable_synthetic_images_teach_both_classifiers_more_than_95_percent():
+    result = evaluate(*make_stripes(400, 0), *make_stripes(200, 1))
+    for classifier in ("logistic_regression", "cnn"):
+        assert result[classifier]["accuracy"] > 0.95
+        assert all(accuracy > 0.9 for accuracy in result[classifier]["per_class_accuracy"].values())
+
+
+def test_shuffled_synthetic_labels_teach_nothing():
+    images, labels = make_stripes(400, 0)
+    shuffled = np.random.default_rng(2).permutation(labels)
+    result = evaluate(images, shuffled, *make_stripes(300, 1))
+    for classifier in ("logistic_regression", "cnn"):
+        assert 0.1 < result[classifier]["accuracy"] < 0.6  # chance is 1/3
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_another_net():
+    images, labels = make_stripes(60, 0)
+    arguments = (images, labels[::-1].copy(), *make_stripes(300, 1))  # nothing to learn: the net is what the seed makes
+    first = evaluate(*arguments, seed=3)
+    assert evaluate(*arguments, seed=3) == first
+    assert evaluate(*arguments, seed=4)["cnn"] != first["cnn"]
+
+
+def test_evaluating_leaves_the_global_random_stream_alone():
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    evaluate(*make_stripes(40, 0), *make_stripes(10, 1))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_class_missing_from_the_synthetic_images_scores_zero():
+    result = evaluate(*make_stripes(200, 0, classes=2), *make_stripes(200, 1, classes=3))
+    assert result["cnn"]["per_class_accuracy"][2] == 0.0
+
+
+def test_numbers_from_private_images_say_that_the_guarantee_does_not_cover_them():
+    arguments = (*make_stripes(40, 0), *make_stripes(10, 1))
+    stamped = evaluate(*arguments)
+    assert stamped["covered_by_guarantee"] is False
+    assert "does not cover" in stamped["statement"]
+    assert "covered_by_guarantee" not in evaluate(*arguments, declared_public=True)
+
+
+def test_images_of_other_shapes_and_single_classes_are_refused():
+    images, labels = make_stripes(20, 0)
+    with pytest.raises(UserError, match="1x4x4 and 1x8x8.*--evaluation_resolution"):
+        evaluate(to_side(images, 4), labels, images, labels)
+    with pytest.raises(UserError, match="two classes"):
+        evaluate(images, np.zeros(20, int), images, labels)
+    with pytest.raises(UserError, match="real images"):
+        evaluate(images, labels, images[:0], labels[:0])
+
+
+@settings(max_examples=40)
+@given(height=st.integers(1, 12), width=st.integers(1, 12), side=st.integers(1, 12), seed=st.integers(0, 99))
+def test_to_side_is_the_mean_over_the_area_of_each_new_pixel(height, width, side, seed):
+    images = np.random.default_rng(seed).integers(0, 256, (2, 3, height, width), dtype=np.uint8)
+    # Oracle: blow every pixel up to side x side, then average whole blocks.
+    blown = images.repeat(side, axis=2).repeat(side, axis=3).astype(float)
+    means = blown.reshape(2, 3, side, height, side, width).mean(axis=(3, 5))
+    assert np.abs(to_side(images, side) - means).max() <= 0.5 + 1e-9
+
+
+def write_samples(folder, labels, size=(5, 4)):
+    (folder / "images").mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (len(labels), *size), dtype=np.uint8)
+    with open(folder / "images" / "metadata.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_name", "label"])
+        for index, label in enumerate(labels):
+            Image.fromarray(images[index]).save(folder / "images" / f"{index:06d}.png")
+            writer.writerow([f"{index:06d}.png", label])
+    return images
+
+
+def test_a_sampled_folder_loads_with_its_labels_by_name_or_index(tmp_path):
+    images = write_samples(tmp_path, ["two", "zero", "1"])
+    loaded, labels = load_synthetic(tmp_path, NAMES)
+    assert np.array_equal(loaded[:, 0], images)
+    assert labels.tolist() == [2, 0, 1]
+
+
+def test_a_sampled_parquet_file_loads_like_the_folder(tmp_path):
+    arrays = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    rows = {"image": [Image.fromarray(array) for array in arrays], "label": ["two", "zero", "one"]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "images.parquet")
+    loaded, labels = load_synthetic(tmp_path / "images.parquet", NAMES)
+    assert np.array_equal(loaded.transpose(0, 2, 3, 1), arrays)
+    assert labels.tolist() == [2, 0, 1]
+
+
+def test_unusable_synthetic_images_get_a_clear_error(tmp_path):
+    with pytest.raises(UserError, match="Run dp-peft sample"):
+        load_synthetic(tmp_path, NAMES)
+    write_samples(tmp_path, ["two", "seven"])
+    with pytest.raises(UserError, match="'seven' is none of the classes zero, one, two"):
+        load_synthetic(tmp_path, NAMES)
+    Image.new("L", (9, 9)).save(tmp_path / "images" / "000001.png")
+    with pytest.raises(UserError, match="differ in size"):
+        load_synthetic(tmp_path, NAMES)
+    (tmp_path / "images" / "000001.png").write_bytes(b"")
+    with pytest.raises(UserError, match="Run dp-peft sample"):
+        load_synthetic(tmp_path, NAMES)
+    (tmp_path / "images" / "metadata.csv").write_text("file_name\n000000.png\n")
+    with pytest.raises(UserError, match="Run dp-peft sample"):
+        load_synthetic(tmp_path, NAMES)
