@@ -62,7 +62,7 @@ def run(prepared: Prepared) -> RunResult:
         write_problems(prepared.images, folders.private / "problems.csv")
         train_steps(prepared, key)
         certificate = export(
-            folders.staging, prepared.recipe, prepared.base, prepared.adapter, prepared.mechanism, len(prepared.images)
+            folders.staging, prepared.recipe, prepared.base, prepared.adapter, prepared.mechanism
         )
         if prepared.recipe.privacy.no_privacy:
             folders.close()  # stays in the private folder: there is no promise to share it under

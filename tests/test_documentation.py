@@ -125,9 +125,17 @@ def test_every_relative_link_leads_to_a_file(page):
 
 
 def test_the_picture_of_the_rooms_names_every_file():
-    picture = next(c for _, c in fenced((ROOT / "docs/explanation/architecture.md").read_text()) if "cli.py" in c)
-    drawn = set(re.findall(r"\b(\w+\.py)\b", picture))
-    assert drawn == {path.name for path in (ROOT / "dp_peft_diffusion").rglob("*.py")} - {"__init__.py"}
+    architecture = (ROOT / "docs/explanation/architecture.md").read_text()
+    picture = next(content for _, content in fenced(architecture) if content.startswith("dp_peft_diffusion/\n"))
+    drawn, folder = set(), ""
+    for indent, name in re.findall(r"^( +)([\w/.]+)", picture, re.MULTILINE):
+        folder = "" if len(indent) == 2 else folder
+        if name.endswith("/"):
+            folder = name
+        else:
+            drawn.add(folder + name)
+    package = ROOT / "dp_peft_diffusion"
+    assert drawn == {str(path.relative_to(package)) for path in package.rglob("*.py") if path.stem != "__init__"}
 
 
 def test_env_names_the_pair_that_is_tested():

@@ -1,12 +1,14 @@
 """`dp-peft verify` and `dp-peft inspect`: read a folder that somebody handed over."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from dp_peft_diffusion.cli.options import format_option
+from dp_peft_diffusion.errors import PrivacyError, UserError
 
 _folder = click.argument("folder", type=click.Path(path_type=Path))
 
@@ -19,7 +21,28 @@ def verify(folder: Path, style: str) -> None:
 
     Says also what no check can prove. Exit code 0: all checks passed. 3: one did not.
     """
-    raise NotImplementedError
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder. Give the folder that `dp-peft train` wrote.")
+
+    from dp_peft_diffusion.privacy.certificate import CANNOT_PROVE, verify
+
+    report = verify(folder)
+    levels = [{"name": name, "ok": ok, "text": text} for name, ok, text in report.levels]
+    if style == "json":
+        facts = {"ok": report.ok, "epsilon": report.epsilon, "levels": levels, "cannot_prove": list(CANNOT_PROVE)}
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        yes, no = marks()
+        for name, ok, text in report.levels:
+            click.echo(f"{yes if ok else no} {name:<12} {printable(text)}")
+        if report.ok:
+            click.echo(f"The files are consistent with a promise of epsilon {report.epsilon:g}.")
+        click.echo("No check of files can prove:")
+        for claim in CANNOT_PROVE:
+            click.echo(f"  - {claim}")
+    if not report.ok:
+        failed = ", ".join(name for name, ok, _ in report.levels if not ok)
+        raise PrivacyError(f"{folder} does not keep what it claims ({failed}). Do not rely on it; ask for it again.")
 
 
 @click.command("inspect")
@@ -53,3 +76,17 @@ def inspection_lines(facts: dict[str, Any]) -> list[str]:
         said = "there is none" if facts[name] is None else json.dumps(facts[name], indent=2)
         lines += ["", f"{name}: {said}"]
     return lines
+
+
+def marks() -> tuple[str, str]:
+    """A check mark and a cross, or words where the terminal cannot show them."""
+    try:
+        "✓✗".encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        return "ok    ", "FAILED"
+    return "✓", "✗"
+
+
+def printable(text: str) -> str:
+    """Text from a stranger's file that cannot steer a terminal."""
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)

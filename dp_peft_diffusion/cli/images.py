@@ -157,4 +157,4 @@ def sampled(folder: Path, names: tuple[str, ...], settings: dict[str, Any]) -> t
     wanted = {key: settings[key] for key in ("num_images", "guidance_scale", "seed")}
     images, labels = generate(folder, class_labels=names, **wanted)
     arrays = np.stack([np.atleast_3d(np.asarray(image)).transpose(2, 0, 1) for image in images])
-    return arrays, np.array([names.index(label) for label in labels])
+    return arrays, np.array([names.index(label) for label in labels or ()])

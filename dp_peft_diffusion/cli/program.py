@@ -11,20 +11,8 @@ EXIT_CODES = {UserError: 2, RunError: 1, PrivacyError: 3}
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
-class Failure(click.ClickException):
-    """An error as the user sees it, on stderr."""
-
-    def __init__(self, message: str, exit_code: int):
-        super().__init__(message)
-        self.exit_code = exit_code
-
-    def show(self, file: Any = None) -> None:
-        """Print it."""
-        click.echo(f"error: {self.message}", err=True)
-
-
 class Program(click.Group):
-    """The group of all commands, which turns every expected error into a `Failure`."""
+    """The group of all commands, which turns every expected error into a line and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Commands in the order a user meets them."""
@@ -35,9 +23,9 @@ class Program(click.Group):
         try:
             return super().invoke(ctx)
         except (UserError, RunError, PrivacyError) as error:
-            raise Failure(str(error), EXIT_CODES[type(error)]) from error
+            _fail(ctx, str(error), EXIT_CODES[type(error)])
         except click.UsageError as error:
-            _usage(error)
+            _fail(ctx, _usage(error), EXIT_CODES[UserError])
         except KeyboardInterrupt:
             _interrupted(ctx)
         except BrokenPipeError:
@@ -45,7 +33,7 @@ class Program(click.Group):
         except OSError as error:
             if error.filename is None:
                 raise
-            raise Failure(f"{error.filename}: {error.strerror}. Check the path and its rights.", 1) from error
+            _fail(ctx, f"{error.filename}: {error.strerror}. Check the path and its rights.", EXIT_CODES[RunError])
 
 
 def hint(text: str) -> None:
@@ -53,13 +41,18 @@ def hint(text: str) -> None:
     click.echo(text, err=True)
 
 
-def _usage(error: click.UsageError) -> NoReturn:
+def _fail(ctx: click.Context, message: str, exit_code: int) -> NoReturn:
+    click.echo(f"error: {message}", err=True)
+    ctx.exit(exit_code)
+
+
+def _usage(error: click.UsageError) -> str:
     where = error.ctx.command_path if error.ctx else "dp-peft"
     if isinstance(error, click.NoSuchOption) and where.endswith(" train"):
         known_elsewhere = refusal(error.option_name)
         if known_elsewhere:
-            raise Failure(known_elsewhere, 2) from error
-    raise Failure(f"{error.format_message()} Type {where} --help.", 2) from error
+            return known_elsewhere
+    return f"{error.format_message()} Type {where} --help."
 
 
 def _interrupted(ctx: click.Context) -> NoReturn:

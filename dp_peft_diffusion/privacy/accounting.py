@@ -26,10 +26,12 @@ NEIGHBORING_RELATIONS = {
     "add_or_remove_one": NeighboringRelation.ADD_OR_REMOVE_ONE,
 }
 DISCRETIZATION_INTERVAL = 1e-4  # of the privacy loss, rounded pessimistically
+SAMPLING_PROBS = (1e-12, 1.0)
 NOISE_MULTIPLIERS = (1e-3, 1e5)
 EPSILONS = (1e-3, 100.0)  # above 100 nothing worth the name is promised
 DELTAS = (1e-12, 1e-3)
 MAX_STEPS = 10_000_000
+MAX_EXAMPLES = 10**12
 SMALLEST_PROFILE_DELTA = 1e-10  # below, the floating-point error of the accountant shows
 
 
@@ -56,12 +58,12 @@ def check_count(name: str, value: object, high: int, hint: str) -> int:
 
 
 def check_sampling_prob(value: object) -> float:
-    """A probability in (0, 1].
+    """A probability in [1e-12, 1].
 
     Raises:
         UserError: it is anything else.
     """
-    return check_number("sampling_prob", value, math.ulp(0.0), 1.0, "a smaller --train_batch_size")
+    return check_number("sampling_prob", value, *SAMPLING_PROBS, "a smaller --train_batch_size")
 
 
 def check_noise_multiplier(value: object) -> float:
@@ -107,7 +109,7 @@ def check_neighboring_relation(value: object) -> NeighboringRelation:
 
 def round_up(value: float, digits: int = 4) -> float:
     """`value` rounded up to `digits` significant digits; never below `value`."""
-    return float(decimal.Context(prec=digits, rounding=decimal.ROUND_CEILING).create_decimal_from_float(value))
+    return float(decimal.Context(prec=digits, rounding=decimal.ROUND_CEILING).create_decimal(repr(float(value))))
 
 
 def gaussian_event(sampling_prob: float, noise_multiplier: float, steps: int) -> dp_accounting.DpEvent:
@@ -195,6 +197,8 @@ def mu_gdp(event: dp_accounting.DpEvent, neighboring_relation: str) -> float:
     (its Corollary 1) at every computed point. The rounding is far above what can hide between two points.
     """
     epsilons, deltas = profile(event, neighboring_relation)
+    if deltas[0] >= 1:
+        return math.inf
 
     def dominates(mu: float) -> bool:
         gaussian = ndtr(mu / 2 - epsilons / mu) - np.exp(epsilons + log_ndtr(-mu / 2 - epsilons / mu))
@@ -243,7 +247,7 @@ def smallest_noise_multiplier(
         return math.log(min(max(price, 1e-9), 1e9) / target_epsilon)
 
     def coarse(log_noise: float) -> float:
-        return excess(math.exp(log_noise), 10 * DISCRETIZATION_INTERVAL)
+        return excess(float(np.clip(math.exp(log_noise), *NOISE_MULTIPLIERS)), 10 * DISCRETIZATION_INTERVAL)
 
     low, high = _bracket(coarse, _first_guess(sampling_prob, steps, target_epsilon, delta))
     root = brentq(coarse, low, high, xtol=1e-5) if coarse(low) > 0 else low

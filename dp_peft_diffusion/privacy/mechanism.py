@@ -52,7 +52,7 @@ class DPMechanism:
                     "Leave it out, or take --neighboring_relation zero_out."
                 )
             return
-        num_examples = accounting.check_count("num_examples", self.num_examples, 10**12, "the number of images")
+        num_examples = accounting.check_count("num_examples", self.num_examples, accounting.MAX_EXAMPLES, "the number of images")
         if not math.isclose(self.sampling_prob * num_examples, self.expected_batch_size, rel_tol=1e-9):  # invariant 5
             raise UserError(
                 f"sampling_prob * num_examples is {self.sampling_prob * num_examples:g}, but expected_batch_size is "
@@ -108,7 +108,7 @@ class DPMechanism:
         if self.num_examples is not None and delta * self.num_examples >= 1:
             raise UserError(
                 f"delta {delta:g} is not below 1/N = 1/{self.num_examples}: publishing one whole image would keep "
-                f"such a promise. Try --delta {10.0 ** math.floor(-math.log10(10 * self.num_examples)):g}."
+                f"such a promise. Try --delta {min(1e-5, 10.0 ** math.floor(-math.log10(10 * self.num_examples))):g}."
             )
 
     def _chosen_noise_multiplier(self) -> float:

@@ -24,25 +24,47 @@ TOLERANCE = 1e-5  # largest difference of outputs between the trained and the re
 def export(folder: Path, recipe: Recipe, base: BaseModel, adapter: Adapter, mechanism: DPMechanism) -> dict | None:
     """Write everything shareable into `folder` and check it; return the certificate.
 
-    With --no_privacy there is no promise, so no certificate and no card are written.
+    With --no_privacy there is no promise: no certificate is written.
 
     Raises:
         RunError: the files, loaded again, do not give back the trained adapter.
     """
     write_adapter(base, adapter, folder)
     (folder / "recipe.yaml").write_text(to_yaml(shareable_recipe(recipe)))
-    change = check_reload(base, adapter.unet, recipe.adapter.class_rows, folder)
+    check_reload(base, adapter.unet, recipe.adapter.class_rows, folder)
     if recipe.privacy.no_privacy:
         (folder / "README.md").write_text(NOT_PRIVATE)
         return None
-    facts = certificate.certificate(mechanism, recipe)
-    (folder / "README.md").write_text(render_card(facts, recipe, change))
-    certificate.write(folder, facts)
-    return facts
+    facts = certificate.certificate(
+        mechanism,
+        delta=recipe.privacy.delta,
+        epsilon=recipe.privacy.epsilon,
+        clipping=recipe.privacy.clipping,
+        gamma=recipe.privacy.gamma,
+        noise_multiplicity=recipe.train.noise_multiplicity,
+        public_inputs={
+            "resolution": base.resolution,
+            "image_channels": base.image_channels,
+            "class_names": recipe.data.class_names and list(recipe.data.class_names),
+            "gamma_from": "images sampled from the base" if recipe.privacy.gamma is not None else None,
+        },
+        base={"name": public_base_name(base.name), "revision": base.revision, "sha256": base.sha256},
+        folder=folder,
+    )
+    grids = sorted(path.name for path in (folder / "samples").glob("step-*.png"))
+    (folder / "README.md").write_text(render_card(facts, recipe, base.subfolder, base.layout.pixel_packing, grids[-1]))
+    return certificate.write(folder, facts)
+
+
+def public_base_name(name: str) -> str:
+    """The base's name without the folders of this machine."""
+    return Path(name).name if Path(name).is_dir() else name
 
 
 def shareable_recipe(recipe: Recipe) -> Recipe:
-    """The resolved recipe with the place of the private images taken out."""
+    """The resolved recipe with the place of the private images, and folders of this machine, taken out."""
+    base = public_base_name(recipe.model.pretrained_model_name_or_path)
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, pretrained_model_name_or_path=base))
     if recipe.data.dataset_name.startswith("builtin:"):
         return recipe
     data = dataclasses.replace(recipe.data, dataset_name=DATA_PLACEHOLDER, dataset_config_name=None)
@@ -53,6 +75,7 @@ def write_adapter(base: BaseModel, adapter: Adapter, folder: Path) -> None:
     """adapter_config.json and adapter_model.safetensors, as stock peft writes them, names sorted."""
     to_peft(base, adapter).save_pretrained(folder, save_embedding_layers=False)
     config = json.loads((folder / CONFIG_FILE).read_text())
+    config["base_model_name_or_path"] = public_base_name(base.name)
     config["target_modules"] = sorted(config["target_modules"])
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import save_file
 
 import dp_peft_diffusion
 from dp_peft_diffusion import environment
@@ -63,9 +65,28 @@ def test_no_command_at_all_shows_the_help():
     assert result.exit_code == 2 and "train" in result.output
 
 
-@pytest.mark.parametrize("words", [["--help"], *[[name, "--help"] for name in COMMANDS], ["env"], ["--version"]])
+PLAN = [
+    "plan",
+    "--num_examples",
+    "100",
+    "--noise_multiplier",
+    "5",
+    "--train_batch_size",
+    "50",
+    "--max_train_steps",
+    "1",
+]
+
+
+@pytest.mark.parametrize("words", [["--help"], *[[name, "--help"] for name in COMMANDS], ["env"], ["--version"], PLAN])
 def test_light_commands_import_nothing_heavy(words):
     assert not HEAVY & modules_after(*words)  # `env` tries the real pair, in a process of its own
+
+
+def test_verify_and_inspect_import_nothing_heavy(tmp_path):
+    assert not HEAVY & modules_after("verify", tmp_path, exit_codes=(3,))
+    save_file({"x": np.ones(1)}, tmp_path / "x.safetensors")
+    assert not HEAVY & modules_after("inspect", tmp_path)
 
 
 def test_help_does_not_even_import_numpy():
@@ -131,4 +152,4 @@ def test_every_offered_name_is_there(name):
 
 def test_a_name_that_is_not_offered_is_an_attribute_error():
     with pytest.raises(AttributeError, match="nothing_like_it"):
-        dp_peft_diffusion.nothing_like_it
+        getattr(dp_peft_diffusion, "nothing_like_it")  # noqa: B009

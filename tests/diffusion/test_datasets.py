@@ -263,7 +263,7 @@ def only(tmp_path: Path, content: bytes, channels: int, side: int = 1, name: str
     return np.rint((images.read([0])[0][0].numpy() + 1) * 127.5).astype(int)
 
 
-GREY16 = np.array([[0, 128, 257 * 3, 65535]], np.uint16)
+GREY16 = np.array([[0, 128, 129, 65535]], np.uint16)
 PALETTE = Image.new("P", (2, 2), 1)
 PALETTE.putpalette([0, 0, 0, 10, 200, 30])
 
@@ -305,7 +305,7 @@ def test_unusual_images_convert_to_the_colour_one_sees(tmp_path, content, rgb):
 def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path, kind, channels):
     content = encoded(Image.fromarray(GREY16.repeat(4, axis=0)), kind)
     read = only(tmp_path, content, channels, side=4)
-    assert read[:, 2].tolist() == [[0, 0, 3, 255]] * channels
+    assert read[:, 2].tolist() == [[0, 0, 1, 255]] * channels
 
 
 def test_exif_orientation_is_applied(tmp_path):

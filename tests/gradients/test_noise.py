@@ -23,8 +23,10 @@ def two_sided(statistic, distribution):
 
 @pytest.mark.parametrize("step", [0, 1, 1000])
 def test_every_tensor_gets_noise_of_the_promised_size_once(step):
-    for name, noise in add_noise(totals(), STDDEV, KEY, step).items():
-        values = noise.double().numpy().ravel() / STDDEV
+    noise = add_noise(totals(), STDDEV, KEY, step)
+    assert list(noise) == list(SHAPES)
+    for name in SHAPES:
+        values = noise[name].double().numpy().ravel() / STDDEV
         assert two_sided((values**2).sum(), stats.chi2(values.size)) > 1e-6, name
         assert two_sided(values.sum() / np.sqrt(values.size), stats.norm()) > 1e-6, name
         assert stats.kstest(values, "norm").pvalue > 1e-6, name

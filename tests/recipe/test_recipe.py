@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dp_peft_diffusion.errors import UserError
@@ -265,6 +265,8 @@ def test_a_written_recipe_loads_back_equal(tmp_path_factory, recipe):
     assert to_yaml(load_recipe(path)) == to_yaml(recipe)
 
 
+@example(value="a\nb")
+@example(value="\x85 \u2028")
 @given(value=st.text() | st.integers(-(10**17), 10**17) | st.floats() | st.booleans() | st.none())
 def test_every_scalar_survives_the_file(tmp_path_factory, value):
     path = tmp_path_factory.mktemp("scalar") / "line.yaml"
@@ -319,8 +321,8 @@ def test_an_unknown_recipe_is_refused_with_the_nearest_and_all_others():
 
 def test_reading_recipes_imports_neither_torch_nor_numpy():
     code = (
-        "import sys; from dp_peft_diffusion.recipe import load_recipe, recipe_path; load_recipe(recipe_path('digits')); "
-        "sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+        "import sys; from dp_peft_diffusion.recipe import load_recipe, recipe_path; "
+        "load_recipe(recipe_path('digits')); sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
     )
     root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
