@@ -4,7 +4,6 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-
 from dp_peft_diffusion.privacy import accounting, planning
 
 if TYPE_CHECKING:
@@ -33,8 +32,14 @@ def promise_lines(prepared: "Prepared") -> list[tuple[str, str]]:
     promised = recipe.privacy.epsilon or accounting.round_up(epsilon)
     odds = accounting.max_tpr_at_fpr(mechanism.event, mechanism.neighboring_relation, 0.01)
     return [
-        ("Promise", f"epsilon = {promised:g}, delta = {delta:g}, for one image replaced by nothing (priced {epsilon:.4f})"),
-        ("Means", f"who may be wrong about 1 % of other images recognises at most {100 * odds:.1f} % of the training images"),
+        (
+            "Promise",
+            f"epsilon = {promised:g}, delta = {delta:g}, for one image replaced by nothing (priced {epsilon:.4f})",
+        ),
+        (
+            "Means",
+            f"who may be wrong about 1 % of other images recognises at most {100 * odds:.1f} % of the training images",
+        ),
         (
             "Mechanism",
             f"{sampling}, noise multiplier {mechanism.noise_multiplier:g}, "
@@ -65,7 +70,10 @@ def training_lines(prepared: "Prepared") -> list[tuple[str, str]]:
         ),
         ("Public", "; ".join(public)),
         *[("Note", note) for note in prepared.notes],
-        ("Memory", f"{prepared.peak_memory_bytes / 1e9:.1f} GB measured with micro-batches of {train.micro_batch_size}"),
+        (
+            "Memory",
+            f"{prepared.peak_memory_bytes / 1e9:.1f} GB measured with micro-batches of {train.micro_batch_size}",
+        ),
         (
             "Time",
             f"about {minutes:.1f} min ({prepared.seconds_per_micro_batch:.2f} s for {train.micro_batch_size} images, "

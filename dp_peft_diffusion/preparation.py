@@ -18,7 +18,6 @@ from dp_peft_diffusion.diffusion.generation import sample_images
 from dp_peft_diffusion.diffusion.objectives import denoising_losses
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.gradients.clipper import PerSampleClipper
-from dp_peft_diffusion.privacy import planning
 from dp_peft_diffusion.privacy.mechanism import DPMechanism
 from dp_peft_diffusion.recipe import Recipe, to_yaml, validate
 from dp_peft_diffusion.run_folder import RunFolder
@@ -72,11 +71,15 @@ def prepare(recipe: Recipe, output_dir: Path | str) -> Prepared:
     if recipe.privacy.clipping == "automatic" and recipe.privacy.gamma is None:
         gamma = choose_gamma(recipe, base, adapter)
         recipe = dataclasses.replace(recipe, privacy=dataclasses.replace(recipe.privacy, gamma=gamma))
-        notes += (f"gamma {gamma:g}: a tenth of the median gradient norm of {GAMMA_IMAGES} images sampled from the base",)
+        notes += (
+            f"gamma {gamma:g}: a tenth of the median gradient norm of {GAMMA_IMAGES} images sampled from the base",
+        )
     clipper = make_clipper(recipe, adapter)
     seconds = measure_micro_batch(recipe, base, clipper)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Prepared(recipe, requested, run, accelerator, base, images, adapter, clipper, mechanism, seconds, peak, notes)
+    return Prepared(
+        recipe, requested, run, accelerator, base, images, adapter, clipper, mechanism, seconds, peak, notes
+    )
 
 
 def resolve(recipe: Recipe, base: BaseModel, images: PrivateImages) -> tuple[Recipe, tuple[str, ...]]:
@@ -157,7 +160,7 @@ def make_batch(
         rows = torch.full((len(ids), draws), base.layout.null_class or 0)
         if recipe.adapter.class_rows:
             rows = torch.tensor(recipe.adapter.class_rows)[labels][:, None].expand(-1, draws)
-            if recipe.train.label_dropout:
+            if recipe.train.label_dropout and base.layout.null_class is not None:
                 dropped = draw_dropped_labels(key, step, ids, draws, recipe.train.label_dropout)
                 rows = torch.where(dropped, base.layout.null_class, rows)
         batch["rows"] = rows

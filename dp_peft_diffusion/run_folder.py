@@ -81,7 +81,9 @@ class RunFolder:
         if not os.access(parent, os.W_OK):
             raise UserError(f"--output_dir {self.folder}: {parent} cannot be written to. Choose another --output_dir.")
         if shutil.disk_usage(parent).free < MIN_FREE_BYTES:
-            raise UserError(f"the disk of {parent} has less than 200 MB free. Make room, or choose another --output_dir.")
+            raise UserError(
+                f"the disk of {parent} has less than 200 MB free. Make room, or choose another --output_dir."
+            )
 
     def create(self, requested: str, key: bytes) -> None:
         """Make the private folder with the key in it."""

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from dp_peft_diffusion.diffusion.datasets import PrivateImages
-from dp_peft_diffusion.diffusion.generation import class_indices, image_grid, sample_images
+from dp_peft_diffusion.diffusion.generation import class_indices, class_rows, image_grid, sample_images
 from dp_peft_diffusion.errors import RunError
 from dp_peft_diffusion.gradients.functional import Gradients
 from dp_peft_diffusion.gradients.noise import add_noise
@@ -61,9 +61,7 @@ def run(prepared: Prepared) -> RunResult:
         (folders.private / "recipe.yaml").write_text(to_yaml(prepared.recipe))
         write_problems(prepared.images, folders.private / "problems.csv")
         train_steps(prepared, key)
-        certificate = export(
-            folders.staging, prepared.recipe, prepared.base, prepared.adapter, prepared.mechanism
-        )
+        certificate = export(folders.staging, prepared.recipe, prepared.base, prepared.adapter, prepared.mechanism)
         if prepared.recipe.privacy.no_privacy:
             folders.close()  # stays in the private folder: there is no promise to share it under
             return RunResult(folders.staging, None, folders.private)
@@ -90,7 +88,7 @@ def train_steps(prepared: Prepared, key: bytes) -> None:
     bar = tqdm(range(mechanism.steps), desc="train", unit="step")
     for step in bar:
         ledger.begin(step)  # invariant 12: on disk before this step's noise is drawn
-        ids = example_ids(key, step, mechanism.num_examples, mechanism.sampling_prob)  # invariant 5
+        ids = example_ids(key, step, len(prepared.images), mechanism.sampling_prob)  # invariant 5
         total = clipper.zeros()
         for chunk in micro_batches(ids, recipe.train.micro_batch_size):
             batch = make_batch(recipe, prepared.base, *prepared.images.read(chunk), chunk.clip(0), key, step)
@@ -146,16 +144,11 @@ def write_problems(images: PrivateImages, path: Path) -> None:
 
 def write_grid(prepared: Prepared, step: int) -> None:
     """A grid of samples, all classes in turn, the same noise every time."""
-    recipe, sample = prepared.recipe, prepared.recipe.sample
-    labels, columns = None, 10
-    if recipe.adapter.class_rows and recipe.data.class_names:
-        classes = class_indices(recipe.data.class_names, None, sample.num_images)
-        labels, columns = torch.tensor(recipe.adapter.class_rows)[classes], len(recipe.data.class_names)
-    elif prepared.base.num_class_embeds is not None:
-        labels = torch.full((sample.num_images,), prepared.base.layout.null_class)
+    sample, classes = prepared.recipe.sample, prepared.recipe.data.class_names
+    labels = None if classes is None else class_indices(classes, None, sample.num_images)
     images = sample_images(
         dataclasses.replace(prepared.base, unet=prepared.adapter.unet),
-        labels,
+        class_rows(prepared.base, prepared.recipe.adapter.class_rows, labels, sample.num_images),
         num_images=sample.num_images,
         seed=sample.seed,
         scheduler=sample.scheduler,
@@ -163,4 +156,5 @@ def write_grid(prepared: Prepared, step: int) -> None:
         guidance_scale=sample.guidance_scale,
         device=prepared.accelerator.device,
     )
+    columns = 10 if classes is None else len(classes)
     image_grid(images, columns).save(prepared.run.staging / "samples" / f"step-{step:04d}.png")

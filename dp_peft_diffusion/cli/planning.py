@@ -138,6 +138,6 @@ def table_line(row: dict[str, Any], heading: bool) -> str:
     if "signal_to_noise" in row:
         titles.append("signal to noise")
         cells.append(f"{row['signal_to_noise']:.2g}")
-    widths = [max(7, len(title)) for title in titles]
+    widths = [max(9, len(title)) for title in titles]
     lines = [titles, cells] if heading else [cells]
     return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines)

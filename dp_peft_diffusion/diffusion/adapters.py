@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import Embedding as LoraEmbedding
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from safetensors import safe_open
 from torch import nn
 
@@ -17,6 +19,7 @@ from dp_peft_diffusion.diffusion.base_model import BaseModel
 from dp_peft_diffusion.errors import UserError
 
 MAX_RANK = 256
+CLASS_TABLE = "class_embedding"  # what diffusers calls it
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -27,14 +30,20 @@ class ClassRows(nn.Module):
     The only parameter is `codes`, an ordinary embedding, so that its gradient rule is the stock one.
     """
 
+    directions: torch.Tensor  # (rank, dim)
+    rows: torch.Tensor  # (num_classes,)
+    class_of_row: torch.Tensor  # (num_embeddings,), -1 where the row is no private class
+
     def __init__(self, table: nn.Embedding, rows: tuple[int, ...], directions: torch.Tensor):
         super().__init__()
         self.table = table
         self.codes = nn.Embedding(len(rows), len(directions), _weight=torch.zeros(len(rows), len(directions)))
         self.register_buffer("directions", directions)  # (rank, dim)
         self.register_buffer("rows", torch.tensor(rows))
-        self.register_buffer("class_of_row", torch.full((table.num_embeddings,), -1).scatter(
-            0, torch.tensor(rows), torch.arange(len(rows))))
+        self.register_buffer(
+            "class_of_row",
+            torch.full((table.num_embeddings,), -1).scatter(0, torch.tensor(rows), torch.arange(len(rows))),
+        )
 
     def forward(self, row: torch.Tensor) -> torch.Tensor:
         """(b,) rows of the table -> (b, dim)."""
@@ -42,9 +51,17 @@ class ClassRows(nn.Module):
         moved = self.codes(private_class.clamp(min=0)) @ self.directions
         return self.table(row) + torch.where(private_class[:, None] >= 0, moved, 0.0)
 
-    def moved_rows(self) -> torch.Tensor:
-        """The rows of the private classes as stock peft stores them, (num_classes, dim)."""
-        return (self.table.weight[self.rows] + self.codes.weight @ self.directions).detach()
+    def write_rows(self, layer: TrainableTokensLayer) -> None:
+        """Give stock peft the whole rows of the private classes, (num_classes, dim)."""
+        layer.trainable_tokens_delta["default"].copy_(
+            self.table.weight[self.rows] + self.codes.weight @ self.directions
+        )
+
+    def write_lora(self, layer: LoraEmbedding) -> None:
+        """Give stock peft LoRA on the table: B is the frozen directions, A the codes, zero for all other rows."""
+        layer.lora_embedding_A["default"].zero_()
+        layer.lora_embedding_A["default"][:, self.rows] = self.codes.weight.T
+        layer.lora_embedding_B["default"].copy_(self.directions.T)
 
 
 @dataclass(frozen=True)
@@ -62,8 +79,9 @@ class Adapter:
 
     @property
     def adapted_modules(self) -> list[str]:
-        """Paths of the modules that got LoRA matrices."""
-        return [name.removesuffix(".lora_A") for name, _ in self.unet.named_modules() if name.endswith(".lora_A")]
+        """Paths of the modules that train."""
+        found = [name.removesuffix(".lora_A") for name, _ in self.unet.named_modules() if name.endswith(".lora_A")]
+        return found + ([CLASS_TABLE] if self.class_rows is not None else [])
 
 
 def inject_adapter(base: BaseModel, spec: recipe.Adapter, num_classes: int = 0, seed: int = 0) -> Adapter:
@@ -75,32 +93,49 @@ def inject_adapter(base: BaseModel, spec: recipe.Adapter, num_classes: int = 0, 
         UserError: a name in target_modules matches nothing, or no rows are free for the classes.
     """
     unet = copy.deepcopy(base.unet)
-    if not spec.target_modules:
-        raise UserError("--adapter lora needs at least one name in --target_modules, such as to_q or to_out.0.")
     rows = choose_class_rows(base, spec.class_rows, num_classes) if num_classes else ()
+    config = peft_config(spec, rows)
     for pattern in spec.target_modules:
         check_target(unet, pattern)
-    config = LoraConfig(
-        r=spec.rank,
-        lora_alpha=spec.rank if spec.lora_alpha is None else spec.lora_alpha,
-        target_modules=list(spec.target_modules),
-        lora_dropout=0.0,
-        bias="none",
-        trainable_token_indices={"class_embedding": list(rows)} if rows else None,
-    )
-    lora_only = copy.deepcopy(config)
-    lora_only.trainable_token_indices = None  # class rows train as codes; `to_peft` writes them as token rows
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)  # public: the random A matrices are no secret
-        inject_adapter_in_model(lora_only, unet)
+    if spec.target_modules:
+        # Class rows train as codes, in `ClassRows`; `to_peft` writes them the way `config` says.
+        lora_only = LoraConfig(r=config.r, lora_alpha=config.lora_alpha, target_modules=list(spec.target_modules))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # public: the random A matrices are no secret
+            inject_adapter_in_model(lora_only, unet)
     class_rows = None
     if rows:
         class_rows = ClassRows(unet.class_embedding, rows, code_directions(base, spec.class_code_rank))
         unet.class_embedding = class_rows
     for name, parameter in unet.named_parameters():
         is_lora = ".lora_B." in name or (".lora_A." in name and not spec.freeze_a)
-        parameter.requires_grad_(is_lora or name == "class_embedding.codes.weight")
+        parameter.requires_grad_(is_lora or name == f"{CLASS_TABLE}.codes.weight")
     return Adapter(unet.eval(), config, class_rows)
+
+
+def peft_config(spec: recipe.Adapter, rows: tuple[int, ...]) -> LoraConfig:
+    """How stock peft reads the adapter.
+
+    Class rows that train in few directions are LoRA on the class table; whole rows are token rows.
+
+    Raises:
+        UserError: nothing would train.
+    """
+    in_directions = bool(rows) and spec.class_code_rank is not None
+    if not spec.target_modules and not in_directions:
+        raise UserError(
+            "nothing would train. Name modules with --target_modules to_q,to_out.0, or train class rows with "
+            "--class_code_rank 16 on labelled images."
+        )
+    alpha = float(spec.rank) if spec.lora_alpha is None else spec.lora_alpha
+    return LoraConfig(
+        r=spec.rank,
+        lora_alpha=alpha,  # peft says int and takes floats
+        target_modules=list(spec.target_modules) + ([CLASS_TABLE] if in_directions else []),
+        rank_pattern={CLASS_TABLE: spec.class_code_rank} if in_directions else {},
+        alpha_pattern={CLASS_TABLE: spec.class_code_rank} if in_directions else {},
+        trainable_token_indices={CLASS_TABLE: list(rows)} if rows and not in_directions else None,
+    )
 
 
 def check_target(unet: nn.Module, pattern: str) -> None:
@@ -126,11 +161,10 @@ def choose_class_rows(base: BaseModel, given: tuple[int, ...] | None, num_classe
     Raises:
         UserError: too few rows given, rows outside the table, or a table without spare rows.
     """
+    size = base.unet.class_embedding.num_embeddings
     if given is not None:
-        if len(set(given)) != num_classes or not all(0 <= row < base.num_class_embeds for row in given):
-            raise UserError(
-                f"--class_rows must name {num_classes} different rows below {base.num_class_embeds}, one per class."
-            )
+        if len(set(given)) != num_classes or not all(0 <= row < size for row in given):
+            raise UserError(f"--class_rows must name {num_classes} different rows below {size}, one for each class.")
         return given
     first, end = base.layout.spare_classes
     if end - first < num_classes:
@@ -179,10 +213,10 @@ def to_peft(base: BaseModel, adapter: Adapter) -> PeftModel:
         for name, value in trained.items():
             if ".lora_A." in name or ".lora_B." in name:
                 target[name].copy_(value * scale if ".lora_B." in name else value)
-        if adapter.class_rows is not None:
-            model.base_model.model.class_embedding.token_adapter.trainable_tokens_delta["default"].copy_(
-                adapter.class_rows.moved_rows()
-            )
+        if adapter.class_rows is not None and config.trainable_token_indices:
+            adapter.class_rows.write_rows(model.base_model.model.class_embedding.token_adapter)
+        elif adapter.class_rows is not None:
+            adapter.class_rows.write_lora(model.base_model.model.class_embedding)
     return model.eval()
 
 
@@ -196,7 +230,9 @@ def load_adapter(model: nn.Module, folder: Path | str) -> PeftModel:
     try:
         loaded = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
     except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"adapter {folder} does not fit the base: {error}. Is --base the base it was trained on?") from error
+        raise UserError(
+            f"adapter {folder} does not fit the base: {error}. Is --base the base it was trained on?"
+        ) from error
     held = {n.replace(".default", "") for n, _ in loaded.named_parameters() if ".lora_" in n or "trainable_tokens" in n}
     if held != names:
         raise UserError(f"adapter {folder}: its tensors do not fit the base: {sorted(held ^ names)[:4]}. Wrong --base?")
@@ -225,7 +261,9 @@ def check_adapter_files(folder: Path) -> set[str]:
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise UserError(f"adapter {folder}: no {name} there. --adapter wants the folder that `dp-peft train` wrote.")
+            raise UserError(
+                f"adapter {folder}: no {name} there. --adapter wants the folder that `dp-peft train` wrote."
+            )
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         with safe_open(folder / WEIGHTS_FILE, "pt") as file:
@@ -238,8 +276,9 @@ def check_adapter_files(folder: Path) -> set[str]:
         raise UserError(f"adapter {folder}: peft_type {config.get('peft_type')!r}; this version opens LORA.")
     if not plain_names:
         raise UserError(f"adapter {folder}: target_modules must be a list of plain module names.")
-    if not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
-        raise UserError(f"adapter {folder}: rank {rank!r} is not between 1 and {MAX_RANK}.")
+    for value in [rank, *(config.get("rank_pattern") or {}).values()]:
+        if not isinstance(value, int) or not 1 <= value <= MAX_RANK:
+            raise UserError(f"adapter {folder}: rank {value!r} is not between 1 and {MAX_RANK}.")
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"adapter {folder}: {name} holds numbers that are not finite.")

@@ -53,7 +53,7 @@ def sample_images(
     Raises:
         UserError: guidance asked of a base that has no null class.
     """
-    if guidance_scale != 1.0 and base.layout.null_class is None:
+    if guidance_scale != 1.0 and class_labels is not None and base.layout.null_class is None:
         raise UserError("--guidance_scale needs a base with a null class; this one has none. Leave it at 1.")
     n = len(class_labels) if class_labels is not None else num_images or 0
     shape = (base.unet.config.in_channels, *[base.resolution // base.layout.pixel_packing] * 2)
@@ -83,7 +83,7 @@ def _denoise(
     for t in sampler.timesteps:
         scaled = sampler.scale_model_input(x, t)
         prediction = base.unet(scaled, t, class_labels=labels).sample
-        if guidance_scale != 1.0 and labels is not None:
+        if guidance_scale != 1.0 and labels is not None and base.layout.null_class is not None:
             null = base.unet(scaled, t, class_labels=torch.full_like(labels, base.layout.null_class)).sample
             prediction = null + guidance_scale * (prediction - null)
         x = sampler.step(prediction, t, x, **extra).prev_sample
@@ -131,15 +131,13 @@ def generate(
     recipe = load_recipe(Path(folder) / "recipe.yaml")
     loaded = load_base(base or recipe.model.pretrained_model_name_or_path, None if base else recipe.model.revision)
     names, rows = recipe.data.class_names, recipe.adapter.class_rows
-    labels = None
-    if names is not None and rows is not None:
-        labels = class_indices(names, class_labels, num_images)
-    elif class_labels:
+    if class_labels and (names is None or rows is None):
         raise UserError(f"adapter {folder} has no classes; leave out --class_labels.")
+    labels = None if names is None or rows is None else class_indices(names, class_labels, num_images)
     merged = replace(loaded, unet=merge_adapter(loaded.unet, folder).to(device))
     images = sample_images(
         merged,
-        None if labels is None else torch.tensor(rows)[labels],
+        class_rows(loaded, rows, labels, num_images),
         num_images=num_images,
         seed=seed,
         scheduler=scheduler or recipe.sample.scheduler,
@@ -147,7 +145,18 @@ def generate(
         guidance_scale=recipe.sample.guidance_scale if guidance_scale is None else guidance_scale,
         device=device,
     )
-    return to_pil(images), None if labels is None else [names[i] for i in labels]
+    return to_pil(images), None if labels is None or names is None else [names[i] for i in labels]
+
+
+def class_rows(
+    base: BaseModel, rows: Sequence[int] | None, labels: Sequence[int] | None, num_images: int
+) -> torch.Tensor | None:
+    """Rows of the class table (n,) for private classes; the null row without classes; None if there is no table."""
+    if base.num_class_embeds is None:
+        return None
+    if rows is None or labels is None:
+        return torch.full((num_images,), base.layout.null_class or 0)
+    return torch.tensor(rows)[torch.tensor(labels)]
 
 
 def class_indices(names: Sequence[str], wanted: Sequence[str] | None, num_images: int) -> list[int]:

@@ -72,7 +72,9 @@ def _soften(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     small = (None, None, 8, 14)[_integer(4, generator)]
     if small is None:
         return images
-    return F.interpolate(F.interpolate(images, size=(small, small), mode="area"), size=images.shape[-1], mode="bilinear")
+    return F.interpolate(
+        F.interpolate(images, size=(small, small), mode="area"), size=images.shape[-1], mode="bilinear"
+    )
 
 
 def _integer(high: int, generator: torch.Generator) -> int:

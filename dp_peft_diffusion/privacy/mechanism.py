@@ -52,7 +52,9 @@ class DPMechanism:
                     "Leave it out, or take --neighboring_relation zero_out."
                 )
             return
-        num_examples = accounting.check_count("num_examples", self.num_examples, accounting.MAX_EXAMPLES, "the number of images")
+        num_examples = accounting.check_count(
+            "num_examples", self.num_examples, accounting.MAX_EXAMPLES, "the number of images"
+        )
         if not math.isclose(self.sampling_prob * num_examples, self.expected_batch_size, rel_tol=1e-9):  # invariant 5
             raise UserError(
                 f"sampling_prob * num_examples is {self.sampling_prob * num_examples:g}, but expected_batch_size is "

@@ -89,7 +89,9 @@ def check_reload(base: BaseModel, unet: torch.nn.Module, class_rows: tuple[int, 
     fresh = load_base(base.name, base.revision).unet
     generator = torch.Generator().manual_seed(0)
     rows = class_rows or ((0,) if base.num_class_embeds is not None else None)
-    x = torch.randn(8, fresh.config.in_channels, *[base.resolution // base.layout.pixel_packing] * 2, generator=generator)
+    x = torch.randn(
+        8, fresh.config.in_channels, *[base.resolution // base.layout.pixel_packing] * 2, generator=generator
+    )
     t = torch.linspace(1, base.scheduler.config.num_train_timesteps - 1, 8).long()
     labels = None if rows is None else torch.tensor(rows).repeat(8)[:8]
     device = next(unet.parameters()).device

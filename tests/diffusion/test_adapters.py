@@ -19,7 +19,7 @@ from dp_peft_diffusion.diffusion.base_model import load_base
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.recipe import Adapter
 
-SPEC = Adapter(rank=2, lora_alpha=6.0, target_modules=("to_q", "to_out.0", "conv1"), class_code_rank=3)
+SPEC = Adapter(rank=2, lora_alpha=6.0, target_modules=("to_q", "to_out.0", "conv1"))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,15 @@ def test_only_private_rows_move_and_the_null_row_stays(base):
     assert changed.tolist() == [row in (10, 11, 12) for row in range(30)]
 
 
-@pytest.mark.parametrize("spec", [SPEC, Adapter(rank=1, target_modules=("to_k",), freeze_a=True)])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SPEC,
+        Adapter(rank=1, target_modules=("to_k",), freeze_a=True),
+        Adapter(rank=1, target_modules=("to_k",), class_code_rank=3),
+        Adapter(rank=1, target_modules=(), class_code_rank=3),
+    ],
+)
 def test_stock_peft_reloads_the_same_outputs(base, inputs, tmp_path, spec):
     adapter = moved(base, spec)
     to_peft(base, adapter).save_pretrained(tmp_path, save_embedding_layers=False)
@@ -90,8 +98,9 @@ def test_only_the_private_rows_are_saved(base, tmp_path):
     assert [tuple(row.shape) for row in rows] == [(3, base.unet.class_embedding.embedding_dim)]
 
 
-def test_merging_gives_a_plain_unet_with_the_same_outputs(base, inputs, tmp_path):
-    adapter = moved(base)
+@pytest.mark.parametrize("spec", [SPEC, Adapter(rank=1, target_modules=(), class_code_rank=3)])
+def test_merging_gives_a_plain_unet_with_the_same_outputs(base, inputs, tmp_path, spec):
+    adapter = moved(base, spec)
     to_peft(base, adapter).save_pretrained(tmp_path, save_embedding_layers=False)
     merged = merge_adapter(copy.deepcopy(base.unet), tmp_path)
     assert type(merged) is type(base.unet)
@@ -114,6 +123,11 @@ def test_code_directions_span_the_public_rows(base):
     directions = code_directions(base, 9)
     projected = offsets @ torch.linalg.pinv(directions) @ directions
     assert torch.allclose(projected, offsets, atol=1e-4)
+
+
+def test_an_adapter_of_which_nothing_trains_is_refused(base):
+    with pytest.raises(UserError, match="nothing would train"):
+        inject_adapter(base, Adapter(target_modules=()), 3)
 
 
 def test_every_target_name_must_match(base):

@@ -41,7 +41,9 @@ def test_the_loss_of_an_example_is_the_mean_over_its_own_draws():
     together = denoising_losses(denoise, scheduler, clean, noise, timesteps)
     for i in range(3):
         alone = [
-            denoising_losses(denoise, scheduler, clean[i : i + 1], noise[i : i + 1, j : j + 1], timesteps[i : i + 1, j : j + 1])
+            denoising_losses(
+                denoise, scheduler, clean[i : i + 1], noise[i : i + 1, j : j + 1], timesteps[i : i + 1, j : j + 1]
+            )
             for j in range(4)
         ]
         assert torch.allclose(together[i], torch.cat(alone).mean(), rtol=1e-6)

@@ -66,12 +66,12 @@ def test_both_relations_have_the_same_price_and_replace_one_is_refused():
 
 
 def usual_noise(sampling_prob, epsilon, steps):
-    """A noise multiplier of at least 1 that costs about `epsilon` or less."""
+    """A noise multiplier of at least 2 (RDP is loose below) that costs about `epsilon` or less."""
     mu = 1 / dp_accounting.get_sigma_gaussian(epsilon, DELTA)
-    return max(1.0, sampling_prob * math.sqrt(steps) / mu)
+    return max(2.0, sampling_prob * math.sqrt(steps) / mu)
 
 
-usual = {"q": st.floats(0.02, 0.5), "epsilon": st.floats(0.3, 3.0), "steps": st.integers(50, 1000)}
+usual = {"q": st.floats(0.1, 0.5), "epsilon": st.floats(0.3, 3.0), "steps": st.integers(50, 1000)}
 
 
 @settings(max_examples=6, deadline=None)

@@ -30,7 +30,9 @@ def test_a_line_is_synced_to_disk_before_begin_returns(tmp_path, monkeypatch):
     write, fsync = os.write, os.fsync
     monkeypatch.setattr(os, "write", lambda fd, data: events.append("write") or write(fd, data))
     monkeypatch.setattr(
-        os, "fsync", lambda fd: events.append("fsync folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "fsync") or fsync(fd)
+        os,
+        "fsync",
+        lambda fd: events.append("fsync folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "fsync") or fsync(fd),
     )
     ledger = Ledger(tmp_path / "ledger.jsonl")
     assert events == ["fsync folder"]

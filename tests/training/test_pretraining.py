@@ -75,7 +75,9 @@ def test_a_class_code_belongs_to_the_turn_that_augmentation_gives_the_class():
     cropped = crop_glyph(glyph(0), invert=True)
     turned = torch.stack([torch.rot90(m, k, (1, 2)) for m in (cropped, cropped.flip(2)) for k in range(4)])
     for turn in range(DIHEDRAL):
-        batch = augment(cropped.expand(64, -1, -1, -1), torch.full((64,), turn), CANVAS, torch.Generator().manual_seed(0))
+        batch = augment(
+            cropped.expand(64, -1, -1, -1), torch.full((64,), turn), CANVAS, torch.Generator().manual_seed(0)
+        )
         mean = batch.mean(dim=0)[0]
         likeness = [(mean * (t[0].float() - t.float().mean())).sum().item() for t in turned]
         assert likeness.index(max(likeness)) == turn

@@ -50,7 +50,12 @@ def recipe(base, images):
         adapter=Adapter(rank=2, target_modules=("to_q", "to_out.0"), class_code_rank=2),
         privacy=Privacy(epsilon=5.0),
         train=Train(
-            train_batch_size=6, max_train_steps=3, noise_multiplicity=2, micro_batch_size=4, learning_rate=0.1, optimizer="sgd"
+            train_batch_size=6,
+            max_train_steps=3,
+            noise_multiplicity=2,
+            micro_batch_size=4,
+            learning_rate=0.1,
+            optimizer="sgd",
         ),
         sample=Sample(num_images=4, num_inference_steps=2),
     )
@@ -82,7 +87,8 @@ def test_a_run_ends_with_a_folder_that_verifies_and_a_private_one_beside_it(reci
     assert report.ok and report.epsilon <= 5.0
     names = {path.name for path in result.folder.iterdir()}
     assert names == {
-        "adapter_config.json", "adapter_model.safetensors", "privacy.json", "README.md", "recipe.yaml", "samples", "metrics.jsonl",
+        "adapter_config.json", "adapter_model.safetensors", "privacy.json", "README.md", "recipe.yaml", "samples",
+        "metrics.jsonl",
     }  # fmt: skip
     assert stat.S_IMODE(result.private_folder.stat().st_mode) == 0o700
     assert not (result.private_folder / "key").exists()
@@ -175,7 +181,8 @@ def test_nulling_one_record_moves_every_noisy_sum_by_at_most_the_bound(recipe, b
 def test_the_update_does_not_depend_on_the_micro_batch_size(recipe, tmp_path, monkeypatch):
     recipe = changed(recipe, "privacy", gamma=0.01)
     sums = [
-        noisy_sums(monkeypatch, changed(recipe, "train", micro_batch_size=size), tmp_path / str(size)) for size in (1, 5, 12)
+        noisy_sums(monkeypatch, changed(recipe, "train", micro_batch_size=size), tmp_path / str(size))
+        for size in (1, 5, 12)
     ]
     for other in sums[1:]:
         for x, y in zip(sums[0], other, strict=True):

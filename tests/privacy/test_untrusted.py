@@ -1,0 +1,102 @@
+import os
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from dp_peft_diffusion.errors import PrivacyError
+from dp_peft_diffusion.privacy.untrusted import parse_json, safetensors_header, sha256_of
+from tests.privacy.folders import safetensors_bytes, two_tensors
+
+
+def write(tmp_path, content):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(content)
+    return path
+
+
+def test_the_header_of_a_file_by_the_stock_library_is_read(tmp_path):
+    tensors = {"b.weight": np.zeros((2, 3), np.float32), "a": np.zeros((), np.float16), "c": np.zeros((0, 4), np.uint8)}
+    save_file(tensors, tmp_path / "w.safetensors", metadata={"format": "pt"})
+    header = safetensors_header(tmp_path / "w.safetensors")
+    assert header.metadata == {"format": "pt"}
+    assert header.tensors == {"b.weight": ("F32", (2, 3)), "a": ("F16", ()), "c": ("U8", (0, 4))}
+
+
+def test_every_truncation_and_appended_byte_is_refused(tmp_path):
+    whole = safetensors_bytes(*two_tensors())
+    safetensors_header(write(tmp_path, whole))
+    for content in [whole[:n] for n in range(len(whole))] + [whole + b"\0"]:
+        with pytest.raises(PrivacyError):
+            safetensors_header(write(tmp_path, content))
+
+
+TENSOR = "base_model.model.to_q.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "F64"},
+        {"dtype": "F99"},
+        {"dtype": ["F32"]},
+        {"dtype": {}},
+        {"shape": [2, 4]},
+        {"shape": [-2, -3]},
+        {"shape": [2.0, 3]},
+        {"shape": [True, 6]},
+        {"shape": "23"},
+        {"shape": [2, 3] + [1] * 7},
+        {"shape": [2**63, 0]},
+        {"data_offsets": [24, 48]},
+        {"data_offsets": [0, 23]},
+        {"data_offsets": [0]},
+        {"data_offsets": [0, 24, 48]},
+        {"data_offsets": [-24, 0]},
+        {"extra": 1},
+    ],
+)
+def test_a_malformed_tensor_entry_is_refused(tmp_path, change):
+    header, data = two_tensors()
+    header[TENSOR] |= change
+    with pytest.raises(PrivacyError):
+        safetensors_header(write(tmp_path, safetensors_bytes(header, data)))
+
+
+@pytest.mark.parametrize("metadata", [{"format": "np"}, {"format": "pt", "a": "b"}, {"a": "b"}, "pt", None, [], 1])
+def test_metadata_other_than_the_format_is_refused(tmp_path, metadata):
+    header, data = two_tensors()
+    header["__metadata__"] = metadata
+    with pytest.raises(PrivacyError, match="metadata"):
+        safetensors_header(write(tmp_path, safetensors_bytes(header, data)))
+
+
+@pytest.mark.parametrize("name", ["../../etc/x", "", "a b", "a" * 257, "\x1b[31m", "a\n"])
+def test_unusual_tensor_names_are_refused(tmp_path, name):
+    header, data = two_tensors()
+    header[name] = header.pop(TENSOR)
+    with pytest.raises(PrivacyError, match="unusual name"):
+        safetensors_header(write(tmp_path, safetensors_bytes(header, data)))
+
+
+@pytest.mark.parametrize("text", [b"[]", b"null", b"{" * 50_000, b'{"a": NaN}', b'{"a": {}, "a": {}}', b" " * 8])
+def test_a_header_that_is_no_strict_json_object_is_refused(tmp_path, text):
+    with pytest.raises(PrivacyError):
+        safetensors_header(write(tmp_path, safetensors_bytes(text)))
+
+
+def test_a_huge_header_length_allocates_nothing(tmp_path):
+    with pytest.raises(PrivacyError, match="header is cut off"):
+        safetensors_header(write(tmp_path, b"\xff" * 8 + b"{}"))
+
+
+def test_pipes_folders_and_missing_files_are_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, tmp_path / "missing"):
+        for read in (sha256_of, safetensors_header):
+            with pytest.raises(PrivacyError, match="missing, or not a regular file"):
+                read(path)
+
+
+def test_strict_json_keeps_exact_numbers():
+    assert parse_json(b'{"a": 0.27824151363383415, "b": [1, 1e-05]}', "x") == {"a": 500 / 1797, "b": [1, 1e-5]}
