@@ -52,9 +52,9 @@ def check_pair() -> dict[str, Any]:
 def pair_command(torch: str | None, torchvision: str | None) -> str:
     """The command that installs the tested pair, both from one source.
 
-    torch, torchvision: the versions found. The builds of download.pytorch.org name their source after a plus, as in
-    2.9.0+cpu; those of PyPI have none. One of each is the usual way to a broken pair.
+    torch, torchvision: the versions found. Builds from torch's own index name it after a plus, as in 2.9.0+cpu; one of
+    each kind is the usual way to a broken pair.
     """
-    source = next((found.partition("+")[2] for found in (torch, torchvision) if found and "+" in found), "")
-    index = f" --index-url https://download.pytorch.org/whl/{source}" if source else ""
+    named = any(found and "+" in found for found in (torch, torchvision))
+    index = " --index-url INDEX  # the one your torch came from, for both" if named else ""
     return f"pip install --force-reinstall {TESTED_PAIR}{index}"

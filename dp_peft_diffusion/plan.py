@@ -65,7 +65,7 @@ def training_lines(prepared: "Prepared") -> list[tuple[str, str]]:
         ("Images", f"{recipe.data.dataset_name} ({recipe.data.split}), {len(prepared.images):,} rows"),
         (
             "Adapter",
-            f"{recipe.adapter.kind} rank {recipe.adapter.rank} on {len(modules)} modules ({', '.join(modules[:3])}"
+            f"{recipe.adapter.kind} on {len(modules)} modules ({', '.join(modules[:3])}"
             f"{', ...' if len(modules) > 3 else ''}): {trainable:,} trainable of {total:,}; {clipper.describe()}",
         ),
         ("Public", "; ".join(public)),

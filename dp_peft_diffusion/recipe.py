@@ -47,8 +47,8 @@ class Adapter:
     kind: str = option("lora", flag="adapter", choices=("lora",), help="kind of adapter")
     rank: int = option(4, aliases=("lora_r", "network_dim"), at_least=1, help="rank of the LoRA matrices")
     lora_alpha: float | None = option(None, aliases=("network_alpha",), above=0, help="LoRA alpha; none: the rank")
-    target_modules: tuple[str, ...] = option(
-        ("to_q", "to_k", "to_v", "to_out.0"), help="ends of the names of the modules that get LoRA matrices"
+    target_modules: tuple[str, ...] | None = option(
+        ("to_q", "to_k", "to_v", "to_out.0"), help="ends of names of modules that get LoRA; none: class rows only"
     )
     freeze_a: bool = option(False, help="LoRA A stays random; only B trains")
     class_code_rank: int | None = option(None, at_least=1, help="public directions class rows move in; none: all")

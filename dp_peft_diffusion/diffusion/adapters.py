@@ -95,7 +95,7 @@ def inject_adapter(base: BaseModel, spec: recipe.Adapter, num_classes: int = 0, 
     unet = copy.deepcopy(base.unet)
     rows = choose_class_rows(base, spec.class_rows, num_classes) if num_classes else ()
     config = peft_config(spec, rows)
-    for pattern in spec.target_modules:
+    for pattern in spec.target_modules or ():
         check_target(unet, pattern)
     if spec.target_modules:
         # Class rows train as codes, in `ClassRows`; `to_peft` writes them the way `config` says.
@@ -131,7 +131,7 @@ def peft_config(spec: recipe.Adapter, rows: tuple[int, ...]) -> LoraConfig:
     return LoraConfig(
         r=spec.rank,
         lora_alpha=alpha,  # peft says int and takes floats
-        target_modules=list(spec.target_modules) + ([CLASS_TABLE] if in_directions else []),
+        target_modules=list(spec.target_modules or ()) + ([CLASS_TABLE] if in_directions else []),
         rank_pattern={CLASS_TABLE: spec.class_code_rank} if in_directions else {},
         alpha_pattern={CLASS_TABLE: spec.class_code_rank} if in_directions else {},
         trainable_token_indices={CLASS_TABLE: list(rows)} if rows and not in_directions else None,

@@ -35,9 +35,19 @@ def render_card(certificate: dict, recipe: Recipe, subfolder: str | None, pixel_
             ("sampling probability", f"{mechanism['sampling_prob']:.6g}"),
             ("noise multiplier", mechanism["noise_multiplier"]),
             ("clipping", f"{mechanism['clipping']}, bound {mechanism['max_grad_norm']:g}"),
-            ("adapter", f"rank {recipe.adapter.rank} on {', '.join(recipe.adapter.target_modules)}"),
+            ("adapter", adapter_facts(recipe)),
         ],
     )
+
+
+def adapter_facts(recipe: Recipe) -> str:
+    """What trained, in words."""
+    spec, modules = recipe.adapter, recipe.adapter.target_modules or ()
+    facts = [f"LoRA of rank {spec.rank} on {', '.join(modules)}"] if modules else []
+    if spec.class_rows:
+        where = "whole rows" if spec.class_code_rank is None else f"{spec.class_code_rank} public directions"
+        facts.append(f"class rows of {len(spec.class_rows)} classes, in {where}")
+    return "; ".join(facts)
 
 
 def base_arguments(base: str, subfolder: str | None) -> str:
