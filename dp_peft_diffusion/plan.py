@@ -72,14 +72,19 @@ def training_lines(prepared: "Prepared") -> list[tuple[str, str]]:
         *[("Note", note) for note in prepared.notes],
         (
             "Memory",
-            f"{prepared.peak_memory_bytes / 1e9:.1f} GB measured with micro-batches of {train.micro_batch_size}",
+            f"{prepared.activation_bytes / 1e9:.2f} GB of activations for a micro-batch of {train.micro_batch_size}, "
+            "besides about 1 GB for the program",
         ),
         (
             "Time",
             f"about {minutes:.1f} min ({prepared.seconds_per_micro_batch:.2f} s for {train.micro_batch_size} images, "
             f"{train.noise_multiplicity} draws each, on {prepared.accelerator.device})",
         ),
-        ("Writes", f"{prepared.run.folder} (to share), {prepared.run.private} (never share)"),
+        (
+            "Writes",
+            f"{prepared.run.folder} (to share), {prepared.run.private} (never share; its problems.csv lists images "
+            "that could not be read)",
+        ),
     ]
 
 

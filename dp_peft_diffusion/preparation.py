@@ -1,7 +1,6 @@
 """Before step 1: load, resolve, calibrate and measure, on public or made-up inputs only (invariant 15)."""
 
 import dataclasses
-import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ class Prepared:
     clipper: PerSampleClipper
     mechanism: DPMechanism
     seconds_per_micro_batch: float
-    peak_memory_bytes: int
+    activation_bytes: int
     notes: tuple[str, ...]
 
 
@@ -75,10 +74,9 @@ def prepare(recipe: Recipe, output_dir: Path | str) -> Prepared:
             f"gamma {gamma:g}: a tenth of the median gradient norm of {GAMMA_IMAGES} images sampled from the base",
         )
     clipper = make_clipper(recipe, adapter)
-    seconds = measure_micro_batch(recipe, base, clipper)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    measured = measure_micro_batch(recipe, base, clipper)
     return Prepared(
-        recipe, requested, run, accelerator, base, images, adapter, clipper, mechanism, seconds, peak, notes
+        recipe, requested, run, accelerator, base, images, adapter, clipper, mechanism, *measured, notes=notes
     )
 
 
@@ -209,12 +207,21 @@ def choose_gamma(recipe: Recipe, base: BaseModel, adapter: Adapter) -> float:
     return float(f"{GAMMA_SHARE * norms.median().item():.2g}")
 
 
-def measure_micro_batch(recipe: Recipe, base: BaseModel, clipper: PerSampleClipper) -> float:
-    """Seconds for one micro-batch of made-up images (the second of two)."""
+def measure_micro_batch(recipe: Recipe, base: BaseModel, clipper: PerSampleClipper) -> tuple[float, int]:
+    """Seconds for one micro-batch of made-up images (the second of two), and bytes kept for its backward.
+
+    The peak of the process would not do: decoding the private images is in it (invariant 13).
+    """
     n, channels = recipe.train.micro_batch_size, base.image_channels
     batch = public_batch(recipe, base, torch.zeros(n, channels, base.resolution, base.resolution))
-    loss_fn = make_loss(base)
-    clipper.clipped_sum_of(loss_fn, batch)
+    loss_fn, kept = make_loss(base), {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        clipper.clipped_sum_of(loss_fn, batch)
     started = time.monotonic()
     clipper.clipped_sum_of(loss_fn, batch)
-    return time.monotonic() - started
+    return time.monotonic() - started, sum(kept.values())

@@ -136,7 +136,7 @@ def record_metrics(prepared: Prepared, step: int, noisy: dict[str, torch.Tensor]
 
 def write_problems(images: PrivateImages, path: Path) -> None:
     """The records that count as nothing, for the data holder's eyes (invariant 17)."""
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "name", "reason"])
         writer.writerows(images.problems)

@@ -110,7 +110,7 @@ def inject_adapter(base: BaseModel, spec: recipe.Adapter, num_classes: int = 0, 
     for name, parameter in unet.named_parameters():
         is_lora = ".lora_B." in name or (".lora_A." in name and not spec.freeze_a)
         parameter.requires_grad_(is_lora or name == f"{CLASS_TABLE}.codes.weight")
-    return Adapter(unet.eval(), config, class_rows)
+    return Adapter(unet.eval().to(base.unet.device), config, class_rows)
 
 
 def peft_config(spec: recipe.Adapter, rows: tuple[int, ...]) -> LoraConfig:

@@ -30,7 +30,8 @@ def export(folder: Path, recipe: Recipe, base: BaseModel, adapter: Adapter, mech
         RunError: the files, loaded again, do not give back the trained adapter.
     """
     write_adapter(base, adapter, folder)
-    (folder / "recipe.yaml").write_text(to_yaml(shareable_recipe(recipe)))
+    recipe = shareable_recipe(recipe)
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
     check_reload(base, adapter.unet, recipe.adapter.class_rows, folder)
     if recipe.privacy.no_privacy:
         (folder / "README.md").write_text(NOT_PRIVATE)

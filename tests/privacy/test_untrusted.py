@@ -100,3 +100,11 @@ def test_pipes_folders_and_missing_files_are_refused_without_waiting(tmp_path):
 
 def test_strict_json_keeps_exact_numbers():
     assert parse_json(b'{"a": 0.27824151363383415, "b": [1, 1e-05]}', "x") == {"a": 500 / 1797, "b": [1, 1e-5]}
+
+
+@pytest.mark.parametrize(
+    "text", [b"NaN", b"-Infinity", b"[1e999]", b'{"a": 1, "a": 1}', b'{"b": {"a": 1, "a": 1}}', b'"\xff"']
+)
+def test_what_two_readers_may_read_differently_is_no_strict_json(text):
+    with pytest.raises(PrivacyError, match="x is not strict JSON"):
+        parse_json(text, "x")

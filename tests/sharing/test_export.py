@@ -1,0 +1,83 @@
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_base_folder
+
+from dp_peft_diffusion.diffusion.adapters import inject_adapter
+from dp_peft_diffusion.diffusion.base_model import load_base
+from dp_peft_diffusion.errors import RunError
+from dp_peft_diffusion.privacy.certificate import verify
+from dp_peft_diffusion.privacy.mechanism import DPMechanism
+from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, Recipe
+from dp_peft_diffusion.sharing.export import check_reload, export, shareable_recipe
+
+ROWS = (10, 11)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder as a run leaves it, with its base, adapter and recipe."""
+    place = tmp_path_factory.mktemp("export")
+    base = load_base(str(tiny_base_folder(place / "tiny-base")))
+    spec = Adapter(rank=2, target_modules=("to_q",), class_code_rank=2, class_rows=ROWS)
+    adapter = inject_adapter(base, spec, 2)
+    for parameter in adapter.trainable.values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    recipe = Recipe(
+        model=Model(pretrained_model_name_or_path=base.name),
+        data=Data(dataset_name=str(place / "secret-patients"), class_names=("left", "right")),
+        adapter=spec,
+        privacy=Privacy(epsilon=3.0, gamma=0.01),
+    )
+    mechanism = DPMechanism(sampling_prob=0.5, steps=4, expected_batch_size=10, num_examples=20).calibrate(3.0, 1e-5)
+    folder = place / "run"
+    (folder / "samples").mkdir(parents=True)
+    for step in (0, 4):
+        (folder / "samples" / f"step-{step:04d}.png").write_bytes(b"")
+    facts = export(folder, recipe, base, adapter, mechanism)
+    return folder, base, adapter, recipe, facts
+
+
+def test_an_exported_folder_verifies(exported):
+    folder, *_, facts = exported
+    assert verify(folder).ok
+    assert json.loads((folder / "privacy.json").read_text()) == facts
+    assert facts["guarantee"]["epsilon"] == 3.0 and facts["base"]["name"] == "tiny-base"
+
+
+def test_the_card_says_the_promise_in_words_and_names_no_folder_of_the_machine(exported):
+    folder, _, _, _, facts = exported
+    card = (folder / "README.md").read_text()
+    assert facts["statement"] in card
+    assert "step-0004.png" in card
+    assert "secret-patients" not in card and str(folder.parent) not in card
+
+
+def test_no_exported_file_names_the_private_folder(exported):
+    folder, *_ = exported
+    for path in folder.rglob("*"):
+        assert path.is_dir() or str(folder.parent).encode() not in path.read_bytes(), path.name
+
+
+def test_the_shareable_recipe_keeps_everything_but_places(exported):
+    _, _, _, recipe, _ = exported
+    shared = shareable_recipe(recipe)
+    assert shared.data.dataset_name != recipe.data.dataset_name
+    assert dataclasses.replace(shared, data=recipe.data, model=recipe.model) == recipe
+
+
+@pytest.mark.parametrize("plant", ["changed", "zero"])
+def test_an_export_that_does_not_reload_the_same_is_caught(exported, tmp_path, plant):
+    folder, base, adapter, _, _ = exported
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    tensors = load_file(broken / "adapter_model.safetensors")
+    tensors = {name: tensor * (1.01 if plant == "changed" else 0) for name, tensor in tensors.items()}
+    save_file(tensors, broken / "adapter_model.safetensors", {"format": "pt"})
+    unet = adapter.unet if plant == "changed" else base.unet
+    with pytest.raises(RunError, match="differs" if plant == "changed" else "changes nothing"):
+        check_reload(base, unet, ROWS, broken)
