@@ -5,6 +5,7 @@ import math
 from typing import TYPE_CHECKING
 
 from dp_peft_diffusion.privacy import accounting, planning
+from dp_peft_diffusion.privacy.promise import promised_epsilon
 
 if TYPE_CHECKING:
     from dp_peft_diffusion.preparation import Prepared
@@ -29,7 +30,7 @@ def promise_lines(prepared: "Prepared") -> list[tuple[str, str]]:
             ("Mechanism", f"{sampling}, no noise, {recipe.privacy.clipping} clipping at {mechanism.max_grad_norm:g}"),
         ]
     epsilon, delta = mechanism.epsilon(recipe.privacy.delta), recipe.privacy.delta
-    promised = recipe.privacy.epsilon or accounting.round_up(epsilon)
+    promised = promised_epsilon(mechanism, delta, recipe.privacy.epsilon)
     odds = accounting.max_tpr_at_fpr(mechanism.event, mechanism.neighboring_relation, 0.01)
     return [
         (

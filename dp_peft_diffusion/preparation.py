@@ -18,6 +18,7 @@ from dp_peft_diffusion.diffusion.objectives import denoising_losses
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.gradients.clipper import PerSampleClipper
 from dp_peft_diffusion.privacy.mechanism import DPMechanism
+from dp_peft_diffusion.privacy.promise import promised_epsilon
 from dp_peft_diffusion.recipe import Recipe, to_yaml, validate
 from dp_peft_diffusion.run_folder import RunFolder
 
@@ -120,9 +121,11 @@ def make_mechanism(recipe: Recipe, num_examples: int) -> DPMechanism:
         num_examples=num_examples,
         neighboring_relation=privacy.neighboring_relation,
     )
-    if privacy.epsilon is None:
-        return mechanism
-    return mechanism.calibrate(epsilon=privacy.epsilon, delta=privacy.delta)
+    if privacy.epsilon is not None:
+        mechanism = mechanism.calibrate(epsilon=privacy.epsilon, delta=privacy.delta)
+    if not privacy.no_privacy:
+        promised_epsilon(mechanism, privacy.delta, privacy.epsilon)  # now, not after the privacy is spent
+    return mechanism
 
 
 def make_clipper(recipe: Recipe, adapter: Adapter, gamma: float | None = None) -> PerSampleClipper:
