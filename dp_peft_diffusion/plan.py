@@ -55,8 +55,8 @@ def training_lines(prepared: "Prepared") -> list[tuple[str, str]]:
     total = sum(p.numel() for p in prepared.adapter.unet.parameters())
     trainable = sum(p.numel() for p in prepared.adapter.trainable.values())
     modules = prepared.adapter.adapted_modules
-    micro = math.ceil(prepared.mechanism.expected_batch_size / train.micro_batch_size)
-    minutes = prepared.mechanism.steps * micro * prepared.seconds_per_micro_batch / 60
+    minutes = prepared.mechanism.steps * prepared.minutes_per_step
+    images_bytes = len(prepared.images) * prepared.base.image_channels * prepared.base.resolution**2
     classes = recipe.data.class_names
     public = [f"N = {len(prepared.images):,}", f"{prepared.base.resolution}x{prepared.base.resolution} pixels"]
     public += [f"{len(classes)} class names ({', '.join(classes[:10])})"] if classes else []
@@ -74,7 +74,7 @@ def training_lines(prepared: "Prepared") -> list[tuple[str, str]]:
         (
             "Memory",
             f"{prepared.activation_bytes / 1e9:.2f} GB of activations for a micro-batch of {train.micro_batch_size}, "
-            "besides about 1 GB for the program",
+            f"{images_bytes / 1e9:.2f} GB of images, and about 1 GB for the program",
         ),
         (
             "Time",

@@ -1,6 +1,8 @@
 """Before step 1: load, resolve, calibrate and measure, on public or made-up inputs only (invariant 15)."""
 
 import dataclasses
+import decimal
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from dp_peft_diffusion import recipe as recipes
 from dp_peft_diffusion.diffusion.adapters import Adapter, choose_class_rows, inject_adapter
 from dp_peft_diffusion.diffusion.base_model import BaseModel, load_base
 from dp_peft_diffusion.diffusion.datasets import PrivateImages, open_examples
@@ -43,7 +46,14 @@ class Prepared:
     mechanism: DPMechanism
     seconds_per_micro_batch: float
     activation_bytes: int
+    gamma_source: str | None
     notes: tuple[str, ...]
+
+    @property
+    def minutes_per_step(self) -> float:
+        """Expected time of one noisy update, from public quantities."""
+        micro_batches = math.ceil(self.mechanism.expected_batch_size / self.recipe.train.micro_batch_size)
+        return micro_batches * self.seconds_per_micro_batch / 60
 
 
 def prepare(recipe: Recipe, output_dir: Path | str) -> Prepared:
@@ -54,30 +64,33 @@ def prepare(recipe: Recipe, output_dir: Path | str) -> Prepared:
         FinishedRun: this run was finished before.
     """
     validate(recipe)
-    requested, run = to_yaml(recipe), RunFolder(Path(output_dir))
+    requested, run = to_yaml(recipe), RunFolder(Path(output_dir).absolute())
     run.check_usable(requested)
-    accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision)
+    on_cpu = torch.backends.mps.is_available()  # Apple's GPUs have no float64, which norms and sums need
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=recipe.train.mixed_precision)
     if accelerator.num_processes > 1:
         raise UserError(
             f"{accelerator.num_processes} processes: this version trains in one. Start it without accelerate launch."
         )
     base = load_base(recipe.model.pretrained_model_name_or_path, recipe.model.revision)
     base.unet.to(accelerator.device)
+    check_sampler(base, recipe.sample)
     images = open_examples(recipe.data, base.resolution, base.image_channels)
     recipe, notes = resolve(recipe, base, images)
     mechanism = make_mechanism(recipe, len(images))
     num_classes = len(recipe.data.class_names or ()) if recipe.adapter.class_rows else 0
     adapter = inject_adapter(base, recipe.adapter, num_classes, recipe.train.seed)
+    gamma_source = None if recipe.privacy.gamma is None else "given by the user, declared public"
     if recipe.privacy.clipping == "automatic" and recipe.privacy.gamma is None:
+        gamma_source = "images sampled from the base"
         gamma = choose_gamma(recipe, base, adapter)
         recipe = dataclasses.replace(recipe, privacy=dataclasses.replace(recipe.privacy, gamma=gamma))
-        notes += (
-            f"gamma {gamma:g}: a tenth of the median gradient norm of {GAMMA_IMAGES} images sampled from the base",
-        )
+    if gamma_source is not None:
+        notes += (f"gamma {recipe.privacy.gamma:g} of automatic clipping: {gamma_source}",)
     clipper = make_clipper(recipe, adapter)
     measured = measure_micro_batch(recipe, base, clipper)
     return Prepared(
-        recipe, requested, run, accelerator, base, images, adapter, clipper, mechanism, *measured, notes=notes
+        recipe, requested, run, accelerator, base, images, adapter, clipper, mechanism, *measured, gamma_source, notes
     )
 
 
@@ -201,13 +214,38 @@ def choose_gamma(recipe: Recipe, base: BaseModel, adapter: Adapter) -> float:
     """
     labels = None
     if base.num_class_embeds is not None:
-        public = base.layout.null_class or base.num_class_embeds
+        public = base.num_class_embeds if base.layout.null_class is None else base.layout.null_class
         labels = torch.from_numpy(np.random.default_rng(0).integers(public, size=GAMMA_IMAGES))
     sampled = sample_images(base, labels, num_images=GAMMA_IMAGES, seed=0, device=base.unet.device)
     clipper = make_clipper(recipe, adapter, gamma=1.0)
     batch = public_batch(recipe, base, sampled.float() / 127.5 - 1)
     norms = clipper.norms_of(make_loss(base), batch)
-    return float(f"{GAMMA_SHARE * norms.median().item():.2g}")
+    return round_down(GAMMA_SHARE * norms.median().item(), digits=2)
+
+
+def round_down(value: float, digits: int) -> float:
+    """`value` with so many significant digits, never above it."""
+    context = decimal.Context(prec=digits, rounding=decimal.ROUND_FLOOR)
+    return float(context.create_decimal_from_float(value))
+
+
+def check_sampler(base: BaseModel, sample: recipes.Sample) -> None:
+    """Make one image as the recipe's grids will be made, so that a wrong sampler costs no privacy.
+
+    Raises:
+        UserError: what `sample_images` refuses.
+    """
+    labels = None if base.num_class_embeds is None else torch.zeros(1, dtype=torch.long)
+    sample_images(
+        base,
+        labels,
+        num_images=1,
+        seed=sample.seed,
+        scheduler=sample.scheduler,
+        num_inference_steps=sample.num_inference_steps,
+        guidance_scale=sample.guidance_scale,
+        device=base.unet.device,
+    )
 
 
 def measure_micro_batch(recipe: Recipe, base: BaseModel, clipper: PerSampleClipper) -> tuple[float, int]:

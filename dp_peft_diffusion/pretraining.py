@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -18,7 +20,7 @@ from dp_peft_diffusion.diffusion.generation import image_grid, sample_images
 from dp_peft_diffusion.diffusion.glyphs import DIHEDRAL, augment, crop_glyph
 from dp_peft_diffusion.diffusion.objectives import denoising_losses
 from dp_peft_diffusion.errors import UserError
-from dp_peft_diffusion.recipe import PretrainRecipe
+from dp_peft_diffusion.recipe import PretrainRecipe, to_yaml
 
 CHECKPOINT_EVERY = 500  # steps
 CODE_NOISE = 0.2  # per coordinate, where a class code has root mean square 1
@@ -68,11 +70,13 @@ def pretrain(recipe: PretrainRecipe, output_dir: Path) -> Path:
     unet = build_unet(recipe, num_classes)
     codes = ClassCodes(initial_codes(glyphs, characters, recipe.class_code_rank), unet.class_embedding.embedding_dim)
     unet.class_embedding = nn.Identity()  # rows come from `codes` while training
-    trained = nn.ModuleDict({"unet": unet, "codes": codes})
+    device = Accelerator(cpu=torch.backends.mps.is_available()).device
+    trained = nn.ModuleDict({"unet": unet, "codes": codes}).to(device)
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     optimizer = torch.optim.Adam(trained.parameters(), lr=recipe.learning_rate)
     ema = {name: value.detach().clone() for name, value in trained.state_dict().items()}
     first = _resume(output_dir, trained, optimizer, ema)
+    (output_dir / "recipe.yaml").write_text(to_yaml(recipe))
     log = open(output_dir / "pretraining.jsonl", "a")  # noqa: SIM115
     started, bar = time.monotonic(), tqdm(range(first, recipe.max_train_steps), initial=first, desc="pretrain")
     for step in bar:
@@ -99,10 +103,14 @@ def pretrain(recipe: PretrainRecipe, output_dir: Path) -> Path:
 def load_glyphs(recipe: PretrainRecipe) -> tuple[torch.Tensor, torch.Tensor]:
     """All characters, cropped: ((n, 1, CANVAS, CANVAS) uint8, (n,) labels)."""
     rows = open_dataset(recipe.dataset_name)
-    if recipe.label_column not in rows.column_names:
-        raise UserError(f"the images have no column {recipe.label_column!r}; there is: {', '.join(rows.column_names)}")
+    for column in (recipe.image_column, recipe.label_column):
+        if column not in rows.column_names:
+            raise UserError(f"the images have no column {column!r}; there is: {', '.join(rows.column_names)}")
+    labels = rows[recipe.label_column]
+    if not all(isinstance(label, int) for label in labels):
+        raise UserError(f"the labels in {recipe.label_column!r} must be whole numbers, one for each character.")
     images = [crop_glyph(image, recipe.invert) for image in rows[recipe.image_column]]
-    return torch.stack(images), torch.tensor(rows[recipe.label_column])
+    return torch.stack(images), torch.tensor(labels)
 
 
 def initial_codes(glyphs: torch.Tensor, characters: torch.Tensor, rank: int) -> torch.Tensor:
@@ -161,14 +169,16 @@ def _loss(
     clean = nn.functional.pixel_unshuffle(images, recipe.pixel_packing)
     dropped = torch.rand(b, generator=generator) < recipe.label_dropout
     code_noise = torch.randn(b, recipe.class_code_rank, generator=generator)
-    rows = trained["codes"](DIHEDRAL * characters[picked] + turns, dropped, code_noise)
+    classes = DIHEDRAL * characters[picked] + turns
+    rows = trained["codes"](*(tensor.to(trained["unet"].device) for tensor in (classes, dropped, code_noise)))
     noise = torch.randn(b, 1, *clean.shape[1:], generator=generator)
     timesteps = torch.randint(scheduler.config.num_train_timesteps, (b, 1), generator=generator)
 
     def denoise(noisy: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         return trained["unet"](noisy, steps, class_labels=rows).sample
 
-    return denoising_losses(denoise, scheduler, clean, noise, timesteps).mean()
+    on_device = (tensor.to(trained["unet"].device) for tensor in (clean, noise, timesteps))
+    return denoising_losses(denoise, scheduler, *on_device).mean()
 
 
 def _checkpoint(
@@ -182,7 +192,6 @@ def _checkpoint(
     partial = output_dir / "checkpoint.partial"
     save_file({name: value.contiguous() for name, value in tensors.items()}, partial, {"step": str(step)})
     os.replace(partial, output_dir / "checkpoint.safetensors")
-    (output_dir / "step.json").write_text(json.dumps({"step": step}))
 
 
 def _resume(
@@ -192,16 +201,18 @@ def _resume(
     path = output_dir / "checkpoint.safetensors"
     if not path.is_file():
         return 0
-    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        step = int(file.metadata()["step"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     trained.load_state_dict({name: tensors[f"model.{name}"] for name in ema})
-    ema.update({name: tensors[f"ema.{name}"] for name in ema})
+    ema.update({name: tensors[f"ema.{name}"].to(value.device) for name, value in ema.items()})
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("adam."):
             _, index, moment = name.split(".")
             state.setdefault(int(index), {})[moment] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return int(json.loads((output_dir / "step.json").read_text())["step"])
+    return step
 
 
 def _export(

@@ -45,7 +45,7 @@ class Adapter:
     """What trains."""
 
     kind: str = option("lora", flag="adapter", choices=("lora",), help="kind of adapter")
-    rank: int = option(4, aliases=("lora_r", "network_dim"), at_least=1, help="rank of the LoRA matrices")
+    rank: int = option(4, aliases=("lora_r", "network_dim"), at_least=1, below=257, help="rank of the LoRA matrices")
     lora_alpha: float | None = option(None, aliases=("network_alpha",), above=0, help="LoRA alpha; none: the rank")
     target_modules: tuple[str, ...] | None = option(
         ("to_q", "to_k", "to_v", "to_out.0"), help="ends of names of modules that get LoRA; none: class rows only"

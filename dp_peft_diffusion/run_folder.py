@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,14 +67,22 @@ class RunFolder:
             UserError: another run, an interrupted run, other files, or no room on the disk.
         """
         advice = f"Choose another --output_dir, or remove {self.folder} and {self.private}."
+        if not self.folder.name:
+            raise UserError(f"--output_dir {self.folder} has no name of its own. Try --output_dir runs/mine.")
+        if self.folder.is_symlink() or self.folder.is_mount():
+            raise UserError(f"--output_dir {self.folder} is a link or a mount point. Name a new folder inside it.")
         if self.finished.is_file():
+            if not self.folder.is_dir() and not self.staging.is_dir():
+                raise UserError(f"the run of {self.private} is finished, but {self.folder} was removed. {advice}")
             if self.requested_recipe.read_text() == requested:
                 raise FinishedRun(self.folder if self.folder.is_dir() else self.staging)
             raise UserError(f"--output_dir {self.folder} holds a finished run with other options. {advice}")
         if self.private.is_dir() and any(self.private.iterdir()):
+            begun = len(self.ledger.read_text().splitlines()) if self.ledger.is_file() else 0
             raise UserError(
-                f"--output_dir {self.folder} holds an interrupted run ({self.ledger} lists the steps it spent). "
-                f"This version cannot resume. To start afresh, which spends privacy again: {advice}"
+                f"--output_dir {self.folder} holds an interrupted run that began {begun} steps "
+                f"({self.ledger}). This version cannot resume. To start afresh"
+                f"{', which spends privacy again' if begun else ''}: {advice}"
             )
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise UserError(f"--output_dir {self.folder} is not empty. {advice}")
@@ -87,6 +96,8 @@ class RunFolder:
 
     def create(self, requested: str, key: bytes) -> None:
         """Make the private folder with the key in it."""
+        if self.folder.is_dir():
+            self.folder.rmdir()  # empty, by check_usable
         self.private.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.chmod(self.private, 0o700)
         (self.staging / "samples").mkdir(parents=True)
@@ -96,17 +107,22 @@ class RunFolder:
 
     def publish(self) -> None:
         """Move the finished shareable folder into place, then forget the key."""
+        now = time.time()
+        for path in [*self.staging.rglob("*"), self.staging]:
+            os.utime(path, (now, now))  # when which grid was made tells how long batches took (invariant 13)
         _fsync_tree(self.staging)
-        if self.folder.is_dir():
-            self.folder.rmdir()  # empty, by check_usable
         os.rename(self.staging, self.folder)
         self.close()
 
     def close(self) -> None:
         """Mark the run as done and delete its key: nobody can take the noise off again."""
+        self.forget_key()
         self.finished.touch()
         _fsync_tree(self.private)
-        self.key.unlink()
+
+    def forget_key(self) -> None:
+        """Delete the key, also of a run that failed: it is never resumed."""
+        self.key.unlink(missing_ok=True)
 
 
 def _fsync_tree(folder: Path) -> None:

@@ -61,7 +61,14 @@ def run(prepared: Prepared) -> RunResult:
         (folders.private / "recipe.yaml").write_text(to_yaml(prepared.recipe))
         write_problems(prepared.images, folders.private / "problems.csv")
         train_steps(prepared, key)
-        certificate = export(folders.staging, prepared.recipe, prepared.base, prepared.adapter, prepared.mechanism)
+        certificate = export(
+            folders.staging,
+            prepared.recipe,
+            prepared.base,
+            prepared.adapter,
+            prepared.mechanism,
+            prepared.gamma_source,
+        )
         if prepared.recipe.privacy.no_privacy:
             folders.close()  # stays in the private folder: there is no promise to share it under
             return RunResult(folders.staging, None, folders.private)
@@ -73,6 +80,8 @@ def run(prepared: Prepared) -> RunResult:
             f"the disk is full: {error}. Nothing was published; {folders.ledger} lists the steps that were spent. "
             f"Make room and start afresh with another --output_dir, or remove {folders.private}."
         ) from error
+    finally:
+        folders.forget_key()
     return RunResult(folders.folder, certificate, folders.private)
 
 
@@ -85,7 +94,10 @@ def train_steps(prepared: Prepared, key: bytes) -> None:
     loss_fn, ledger = make_loss(prepared.base, prepared.accelerator), Ledger(prepared.run.ledger)
     spent = epsilon_so_far(prepared)
     write_grid(prepared, 0)
-    bar = tqdm(range(mechanism.steps), desc="train", unit="step")
+    minutes = prepared.minutes_per_step  # measured on made-up images: how long a private batch takes is private
+    bar = tqdm(
+        range(mechanism.steps), desc="train", bar_format="{desc} {percentage:3.0f}%|{bar}| {n}/{total} {postfix}"
+    )
     for step in bar:
         ledger.begin(step)  # invariant 12: on disk before this step's noise is drawn
         ids = example_ids(key, step, len(prepared.images), mechanism.sampling_prob)  # invariant 5
@@ -96,10 +108,10 @@ def train_steps(prepared: Prepared, key: bytes) -> None:
                 total[name] += part  # invariant 3: a sum, in float64
         noisy = privatize(prepared, total, key, step)  # invariant 7: after this, all is post-processing
         apply_update(optimizer, parameters, noisy, mechanism.expected_batch_size)
-        del ids, total
         ema.update()
         record_metrics(prepared, step + 1, noisy, spent[step])
-        bar.set_postfix_str(f"epsilon {spent[step]:.3g} of {spent[-1]:.3g}" if spent[-1] else "NOT PRIVATE")
+        promise = f"epsilon {spent[step]:.3g} of {spent[-1]:.3g}" if spent[-1] else "NOT PRIVATE"
+        bar.set_postfix_str(f"{promise}, about {(mechanism.steps - step - 1) * minutes:.1f} min left")
         if recipe.sample.every and (step + 1) % recipe.sample.every == 0 and step + 1 < mechanism.steps:
             with ema.applied():
                 write_grid(prepared, step + 1)

@@ -90,6 +90,7 @@ def adapter_classes(folder: Path) -> tuple[str, ...]:
     "--num_images", default=2000, show_default=True, type=click.IntRange(min=1), help="To sample and train on."
 )
 @click.option("--guidance_scale", type=click.FloatRange(min=0), help="When sampling.  [the recipe's]")
+@click.option("--base", help="When sampling: the base, if it lies elsewhere than the recipe says.")
 @click.option("--evaluation_resolution", type=click.IntRange(min=1), help="Side that all images are resized to.")
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0, MAX_SEED - 1), help="Of sampling and nets."
@@ -154,7 +155,7 @@ def sampled(folder: Path, names: tuple[str, ...], settings: dict[str, Any]) -> t
 
     from dp_peft_diffusion.diffusion.generation import generate
 
-    wanted = {key: settings[key] for key in ("num_images", "guidance_scale", "seed")}
+    wanted = {key: settings[key] for key in ("num_images", "guidance_scale", "seed", "base")}
     images, labels = generate(folder, class_labels=names, **wanted)
     arrays = np.stack([np.atleast_3d(np.asarray(image)).transpose(2, 0, 1) for image in images])
     return arrays, np.array([names.index(label) for label in labels or ()])

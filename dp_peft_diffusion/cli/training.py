@@ -110,10 +110,13 @@ def run_name(recipe: Recipe, name: str) -> str:
 
 def next_commands(folder: Path, recipe: Recipe) -> None:
     """What to try with a finished run. Without privacy there is no promise to verify."""
-    lines = [_command("sample", "--adapter", folder, "--num_images", 64)]
+    name, images = recipe.model.pretrained_model_name_or_path, recipe.data.dataset_name
+    base = ["--base", name] if Path(name).is_dir() else []
+    lines = [_command("sample", "--adapter", folder, "--num_images", 64, *base)]
     if not recipe.privacy.no_privacy:
         lines.append(_command("verify", folder))
-    lines.append(_command("evaluate", folder, "--dataset_name", recipe.data.dataset_name))
+    held_out = [images] if images.startswith("builtin:") else ["PATH_TO_HELD_OUT_IMAGES", "--split", "train"]
+    lines.append(_command("evaluate", folder, "--dataset_name", *held_out, *base))
     hint("Try next:\n  " + "\n  ".join(lines))
 
 

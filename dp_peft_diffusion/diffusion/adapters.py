@@ -194,7 +194,8 @@ def code_directions(base: BaseModel, rank: int | None) -> torch.Tensor:
         return (torch.eye(table.shape[1]).double() * offsets.square().mean().sqrt()).float()
     _, spread, principal = torch.linalg.svd(offsets, full_matrices=False)
     if rank > int((spread > 1e-4 * spread[0]).sum()):
-        raise UserError(f"--class_code_rank {rank}: the base's class table spans fewer directions. Try 16.")
+        fitting = layout.class_code_rank or 4
+        raise UserError(f"--class_code_rank {rank}: the base's class table spans fewer directions. Try {fitting}.")
     return (spread[:rank, None] / len(public) ** 0.5 * principal[:rank]).float()
 
 

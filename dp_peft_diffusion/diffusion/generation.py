@@ -16,6 +16,7 @@ from PIL import Image
 from dp_peft_diffusion.diffusion.adapters import merge_adapter
 from dp_peft_diffusion.diffusion.base_model import BaseModel, load_base
 from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.privacy import certificate
 from dp_peft_diffusion.recipe import load_recipe
 
 SCHEDULERS = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "dpmsolver++": "DPMSolverMultistepScheduler"}
@@ -63,9 +64,15 @@ def sample_images(
         generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in ids]
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
         labels = None if class_labels is None else class_labels[start : ids.stop].to(device)
-        sampler = make_scheduler(base, scheduler)
-        sampler.set_timesteps(num_inference_steps, device=device)
-        x = _denoise(base, sampler, noise * sampler.init_noise_sigma, labels, guidance_scale, generators)
+        try:
+            sampler = make_scheduler(base, scheduler)
+            sampler.set_timesteps(num_inference_steps, device=device)
+            x = _denoise(base, sampler, noise * sampler.init_noise_sigma, labels, guidance_scale, generators)
+        except (AttributeError, ImportError, TypeError, ValueError) as error:
+            raise UserError(
+                f"--scheduler {scheduler} with {num_inference_steps} steps does not fit this base: {error}. "
+                f"Try {', '.join(SCHEDULERS)}."
+            ) from error
         parts.append(base.decode(x).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).cpu())
     return torch.cat(parts) if parts else torch.zeros(0, base.image_channels, base.resolution, base.resolution).byte()
 
@@ -129,7 +136,11 @@ def generate(
         UserError: unknown class name, not an adapter folder, or another base than it was trained on.
     """
     recipe = load_recipe(Path(folder) / "recipe.yaml")
-    loaded = load_base(base or recipe.model.pretrained_model_name_or_path, None if base else recipe.model.revision)
+    name = recipe.model.pretrained_model_name_or_path
+    if base is None and name.startswith("./"):
+        raise UserError(f"{folder} was trained on a base in a local folder. Say where it lies: --base PATH/{name[2:]}")
+    loaded = load_base(base or name, None if base else recipe.model.revision)
+    check_base(loaded, Path(folder))
     names, rows = recipe.data.class_names, recipe.adapter.class_rows
     if class_labels and (names is None or rows is None):
         raise UserError(f"adapter {folder} has no classes; leave out --class_labels.")
@@ -146,6 +157,22 @@ def generate(
         device=device,
     )
     return to_pil(images), None if labels is None or names is None else [names[i] for i in labels]
+
+
+def check_base(base: BaseModel, folder: Path) -> None:
+    """The base must be the one that the certificate names. Without privacy there is no certificate to ask.
+
+    Raises:
+        UserError: its weights are others.
+    """
+    if not (folder / certificate.FILE_NAME).is_file():
+        return
+    trained_on = certificate.read(folder)["base"]
+    if trained_on["sha256"] != base.sha256:
+        raise UserError(
+            f"{folder} was trained on {trained_on['name']} with weights {trained_on['sha256'][:12]}..., but "
+            f"{base.name} has {base.sha256[:12]}... Give the right one with --base."
+        )
 
 
 def class_rows(

@@ -98,7 +98,11 @@ def _list_folder(root: Path, data: Data) -> Listing:
 
 
 def _folders(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    for name in names:
+        if not name.isprintable():  # surrogates of names that are no UTF-8, too
+            raise UserError(f"the class folder {name!r} has a name that cannot be printed. Rename it.")
+    return names
 
 
 def parquet_files(path: Path, split: str) -> list[Path]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from dp_peft_diffusion.diffusion.adapters import CONFIG_FILE, Adapter, to_peft
 from dp_peft_diffusion.diffusion.base_model import BaseModel, load_base
@@ -21,8 +22,12 @@ NOT_PRIVATE = "This adapter was trained WITHOUT privacy (`--no_privacy`), for co
 TOLERANCE = 1e-5  # largest difference of outputs between the trained and the re-loaded adapter
 
 
-def export(folder: Path, recipe: Recipe, base: BaseModel, adapter: Adapter, mechanism: DPMechanism) -> dict | None:
+def export(
+    folder: Path, recipe: Recipe, base: BaseModel, adapter: Adapter, mechanism: DPMechanism, gamma_source: str | None
+) -> dict | None:
     """Write everything shareable into `folder` and check it; return the certificate.
+
+    gamma_source: where the gamma of automatic clipping comes from; None for flat clipping.
 
     With --no_privacy there is no promise: no certificate is written.
 
@@ -31,7 +36,7 @@ def export(folder: Path, recipe: Recipe, base: BaseModel, adapter: Adapter, mech
     """
     write_adapter(base, adapter, folder)
     recipe = shareable_recipe(recipe)
-    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     check_reload(base, adapter.unet, recipe.adapter.class_rows, folder)
     if recipe.privacy.no_privacy:
         (folder / "README.md").write_text(NOT_PRIVATE)
@@ -47,19 +52,21 @@ def export(folder: Path, recipe: Recipe, base: BaseModel, adapter: Adapter, mech
             "resolution": base.resolution,
             "image_channels": base.image_channels,
             "class_names": recipe.data.class_names and list(recipe.data.class_names),
-            "gamma_from": "images sampled from the base" if recipe.privacy.gamma is not None else None,
+            "gamma_source": gamma_source,
+            "grid_labels": "every class in turn",
         },
         base={"name": public_base_name(base.name), "revision": base.revision, "sha256": base.sha256},
         folder=folder,
     )
     grids = sorted(path.name for path in (folder / "samples").glob("step-*.png"))
-    (folder / "README.md").write_text(render_card(facts, recipe, base.subfolder, base.layout.pixel_packing, grids[-1]))
+    card = render_card(facts, recipe, base.subfolder, base.layout.pixel_packing, grids[-1])
+    (folder / "README.md").write_text(card, encoding="utf-8")
     return certificate.write(folder, facts)
 
 
 def public_base_name(name: str) -> str:
-    """The base's name without the folders of this machine."""
-    return Path(name).name if Path(name).is_dir() else name
+    """The base's name without the folders of this machine. "./" keeps a folder from being taken for a Hub name."""
+    return f"./{Path(name).resolve().name}" if Path(name).is_dir() else name
 
 
 def shareable_recipe(recipe: Recipe) -> Recipe:
@@ -74,7 +81,10 @@ def shareable_recipe(recipe: Recipe) -> Recipe:
 
 def write_adapter(base: BaseModel, adapter: Adapter, folder: Path) -> None:
     """adapter_config.json and adapter_model.safetensors, as stock peft writes them, names sorted."""
-    to_peft(base, adapter).save_pretrained(folder, save_embedding_layers=False)
+    try:
+        to_peft(base, adapter).save_pretrained(folder, save_embedding_layers=False)
+    except SafetensorError as error:  # a full disk, among others; it is no OSError
+        raise RunError(f"the adapter could not be written to {folder}: {error}. Nothing was published.") from error
     config = json.loads((folder / CONFIG_FILE).read_text())
     config["base_model_name_or_path"] = public_base_name(base.name)
     config["target_modules"] = sorted(config["target_modules"])
@@ -87,20 +97,22 @@ def check_reload(base: BaseModel, unet: torch.nn.Module, class_rows: tuple[int, 
     Raises:
         RunError: the re-loaded adapter answers differently from the trained one, or does nothing.
     """
-    fresh = load_base(base.name, base.revision).unet
+    reloaded = load_base(base.name, base.revision)
+    if reloaded.sha256 != base.sha256:
+        raise RunError(f"the base {base.name} has changed since the run began. Nothing was published.")
+    fresh, n = reloaded.unet, max(8, len(class_rows or ()))
     generator = torch.Generator().manual_seed(0)
     rows = class_rows or ((0,) if base.num_class_embeds is not None else None)
     x = torch.randn(
-        8, fresh.config.in_channels, *[base.resolution // base.layout.pixel_packing] * 2, generator=generator
+        n, fresh.config.in_channels, *[base.resolution // base.layout.pixel_packing] * 2, generator=generator
     )
-    t = torch.linspace(1, base.scheduler.config.num_train_timesteps - 1, 8).long()
-    labels = None if rows is None else torch.tensor(rows).repeat(8)[:8]
-    device = next(unet.parameters()).device
+    t = torch.linspace(1, base.scheduler.config.num_train_timesteps - 1, n).long()
+    labels = None if rows is None else torch.tensor(rows).repeat(n)[:n]
+    trained_unet = copy.deepcopy(unet).cpu()  # a GPU may compute in TF32, which is too coarse for this comparison
     with torch.no_grad():
         before = fresh(x, t, class_labels=labels).sample
         after = PeftModel.from_pretrained(copy.deepcopy(fresh), str(folder)).eval()(x, t, class_labels=labels).sample
-        on_device = None if labels is None else labels.to(device)
-        trained = unet(x.to(device), t.to(device), class_labels=on_device).sample.cpu()
+        trained = trained_unet(x, t, class_labels=labels).sample
     difference, change = (after - trained).abs().max().item(), (after - before).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, trained.abs().max().item()):
         raise RunError(f"the exported adapter, loaded with peft, differs from the trained one by {difference:.3g}.")

@@ -38,7 +38,7 @@ def exported(tmp_path_factory):
     (folder / "samples").mkdir(parents=True)
     for step in (0, 4):
         (folder / "samples" / f"step-{step:04d}.png").write_bytes(b"")
-    facts = export(folder, recipe, base, adapter, mechanism)
+    facts = export(folder, recipe, base, adapter, mechanism, "given by the user, declared public")
     return folder, base, adapter, recipe, facts
 
 
@@ -46,7 +46,7 @@ def test_an_exported_folder_verifies(exported):
     folder, *_, facts = exported
     assert verify(folder).ok
     assert json.loads((folder / "privacy.json").read_text()) == facts
-    assert facts["guarantee"]["epsilon"] == 3.0 and facts["base"]["name"] == "tiny-base"
+    assert facts["guarantee"]["epsilon"] == 3.0 and facts["base"]["name"] == "./tiny-base"
 
 
 def test_the_card_says_the_promise_in_words_and_names_no_folder_of_the_machine(exported):

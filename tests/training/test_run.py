@@ -148,7 +148,7 @@ def test_an_interrupted_run_publishes_nothing_counts_its_steps_and_is_refused_af
     with pytest.raises(KeyboardInterrupt):
         train(recipe, tmp_path / "run")
     monkeypatch.undo()
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists() and not (tmp_path / "run.private" / "key").exists()
     assert len((tmp_path / "run.private" / "ledger.jsonl").read_text().splitlines()) == 2
     with pytest.raises(UserError, match="interrupted run"):
         prepare(recipe, tmp_path / "run")
@@ -259,6 +259,34 @@ def test_an_unconditional_base_ignores_labels_and_says_so(recipe, tmp_path):
     assert any("labels are ignored" in note for note in prepared.notes)
     assert prepared.recipe.data.class_names is None
     assert run(prepared).certificate is not None
+
+
+def test_a_link_or_a_nameless_folder_is_refused_before_anything_is_spent(recipe, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for folder in (tmp_path / "link", "/"):
+        with pytest.raises(UserError, match="output_dir"):
+            prepare(recipe, folder)
+
+
+def test_a_sampler_that_does_not_fit_is_refused_before_anything_is_spent(recipe, tmp_path):
+    with pytest.raises(UserError, match="--scheduler"):
+        prepare(changed(recipe, "sample", scheduler="UnCLIPScheduler"), tmp_path / "run")
+    with pytest.raises(UserError, match="--scheduler"):
+        prepare(changed(recipe, "sample", num_inference_steps=2000), tmp_path / "run")
+    assert not (tmp_path / "run.private").exists()
+
+
+def test_the_certificate_says_where_gamma_comes_from(recipe, tmp_path):
+    chosen = train(recipe, tmp_path / "chosen").certificate
+    given = train(changed(recipe, "privacy", gamma=0.01), tmp_path / "given").certificate
+    assert chosen["public_inputs"]["gamma_source"] == "images sampled from the base"
+    assert given["public_inputs"]["gamma_source"] == "given by the user, declared public"
+
+
+def test_grids_do_not_tell_when_they_were_made(recipe, tmp_path):
+    result = train(recipe, tmp_path / "run")
+    assert len({path.stat().st_mtime for path in (result.folder / "samples").iterdir()}) == 1
 
 
 @pytest.mark.parametrize(("delta", "batch"), [(0.5, 6), (1e-5, 13)])
