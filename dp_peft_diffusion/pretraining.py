@@ -162,7 +162,7 @@ def _loss(
     characters: torch.Tensor,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    b = recipe.train_batch_size
+    b, device = recipe.train_batch_size, next(trained.parameters()).device
     picked = torch.randint(len(glyphs), (b,), generator=generator)
     turns = torch.randint(DIHEDRAL, (b,), generator=generator)
     images = augment(glyphs[picked], turns, recipe.resolution, generator)
@@ -170,14 +170,14 @@ def _loss(
     dropped = torch.rand(b, generator=generator) < recipe.label_dropout
     code_noise = torch.randn(b, recipe.class_code_rank, generator=generator)
     classes = DIHEDRAL * characters[picked] + turns
-    rows = trained["codes"](*(tensor.to(trained["unet"].device) for tensor in (classes, dropped, code_noise)))
+    rows = trained["codes"](*(tensor.to(device) for tensor in (classes, dropped, code_noise)))
     noise = torch.randn(b, 1, *clean.shape[1:], generator=generator)
     timesteps = torch.randint(scheduler.config.num_train_timesteps, (b, 1), generator=generator)
 
     def denoise(noisy: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         return trained["unet"](noisy, steps, class_labels=rows).sample
 
-    on_device = (tensor.to(trained["unet"].device) for tensor in (clean, noise, timesteps))
+    on_device = (tensor.to(device) for tensor in (clean, noise, timesteps))
     return denoising_losses(denoise, scheduler, *on_device).mean()
 
 
