@@ -66,9 +66,9 @@ class RunFolder:
             FinishedRun: this very run is finished.
             UserError: another run, an interrupted run, other files, or no room on the disk.
         """
-        advice = f"Choose another --output_dir, or remove {self.folder} and {self.private}."
         if not self.folder.name:
             raise UserError(f"--output_dir {self.folder} has no name of its own. Try --output_dir runs/mine.")
+        advice = f"Choose another --output_dir, or remove {self.folder} and {self.private}."
         if self.folder.is_symlink() or self.folder.is_mount():
             raise UserError(f"--output_dir {self.folder} is a link or a mount point. Name a new folder inside it.")
         if self.finished.is_file():
