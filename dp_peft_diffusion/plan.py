@@ -55,6 +55,7 @@ def training_lines(prepared: "Prepared") -> list[tuple[str, str]]:
     total = sum(p.numel() for p in prepared.adapter.unet.parameters())
     trainable = sum(p.numel() for p in prepared.adapter.trainable.values())
     modules = prepared.adapter.adapted_modules
+    names = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
     minutes = prepared.mechanism.steps * prepared.minutes_per_step
     images_bytes = len(prepared.images) * prepared.base.image_channels * prepared.base.resolution**2
     classes = recipe.data.class_names
@@ -66,8 +67,7 @@ def training_lines(prepared: "Prepared") -> list[tuple[str, str]]:
         ("Images", f"{recipe.data.dataset_name} ({recipe.data.split}), {len(prepared.images):,} rows"),
         (
             "Adapter",
-            f"{recipe.adapter.kind} on {len(modules)} modules ({', '.join(modules[:3])}"
-            f"{', ...' if len(modules) > 3 else ''}): {trainable:,} trainable of {total:,}; {clipper.describe()}",
+            f"{recipe.adapter.kind} on {names}: {trainable:,} trainable of {total:,}; {clipper.describe()}",
         ),
         ("Public", "; ".join(public)),
         *[("Note", note) for note in prepared.notes],

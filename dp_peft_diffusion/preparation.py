@@ -64,7 +64,7 @@ def prepare(recipe: Recipe, output_dir: Path | str) -> Prepared:
         FinishedRun: this run was finished before.
     """
     validate(recipe)
-    requested, run = to_yaml(recipe), RunFolder(Path(output_dir).absolute())
+    requested, run = to_yaml(recipe), RunFolder(Path(output_dir))
     run.check_usable(requested)
     on_cpu = torch.backends.mps.is_available()  # Apple's GPUs have no float64, which norms and sums need
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=recipe.train.mixed_precision)
