@@ -61,7 +61,7 @@ def test_the_plan_commands_print_their_tables():
 
 @pytest.mark.slow
 def test_the_first_command_as_it_stands_gives_digits_a_classifier_can_learn_from(tmp_path):
-    """About six minutes on two cores. The aim at epsilon 1 is 60 %; docs/explanation/results.md has what was measured."""
+    """About four minutes on two cores. The aim is 60 %; docs/explanation/results.md has what was measured."""
     folder = tmp_path / "digits-eps1"
     invoke(f"dp-peft train --adapter lora --epsilon 1 --output_dir {folder}")
     invoke(f"dp-peft sample --adapter {folder} --num_images 2000 --output_dir {folder}-samples")
