@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 from dp_peft_diffusion.errors import UserError
 
@@ -84,7 +86,7 @@ def load_base(name: str, revision: str | None = None) -> BaseModel:
             f"--pretrained_model_name_or_path {name!r} could not be opened as a diffusers UNet2DModel: {error}"
         ) from error
     unet.requires_grad_(False).eval()
-    return BaseModel(unet, scheduler, _load_layout(folder), name, revision, subfolder, fingerprint(unet))
+    return BaseModel(unet, scheduler, _load_layout(folder, revision), name, revision, subfolder, fingerprint(unet))
 
 
 def _locate(name: str, revision: str | None) -> tuple[str, str | None]:
@@ -117,12 +119,25 @@ def _load_scheduler(folder: str, revision: str | None) -> DDPMScheduler:
     return DDPMScheduler.from_pretrained(folder, subfolder=subfolder, revision=revision)
 
 
-def _load_layout(folder: str) -> BaseLayout:
+def _load_layout(folder: str, revision: str | None) -> BaseLayout:
+    """The layout file beside the weights; most bases have none.
+
+    Raises:
+        UserError: it is not what `save_base` writes.
+    """
     path = Path(folder) / LAYOUT_FILE
+    if not Path(folder).is_dir():
+        try:
+            path = Path(hf_hub_download(folder, LAYOUT_FILE, revision=revision))
+        except EntryNotFoundError:
+            return BaseLayout()
     if not path.is_file():
         return BaseLayout()
-    fields = json.loads(path.read_text())
-    return BaseLayout(**{**fields, "spare_classes": tuple(fields["spare_classes"])})
+    try:
+        fields = json.loads(path.read_text())
+        return BaseLayout(**{**fields, "spare_classes": tuple(fields["spare_classes"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no layout of a base: {error}. Restore the file, or pretrain again.") from error
 
 
 def fingerprint(unet: torch.nn.Module) -> str:

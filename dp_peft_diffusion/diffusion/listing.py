@@ -50,7 +50,7 @@ def list_rows(data: Data, cache_dir: Path | None) -> Listing:
     """List `data`. Raises UserError: no such data set, split or column."""
     name, path = data.dataset_name, Path(data.dataset_name).expanduser()
     if name == "builtin:digits":
-        return _list_digits(data.split)
+        return _list_digits(data)
     if files := parquet_files(path, data.split):
         return _list_parquet(files, data, None)
     if path.is_dir():
@@ -62,10 +62,18 @@ def list_rows(data: Data, cache_dir: Path | None) -> Listing:
     return _list_parquet(addresses, data, features)
 
 
-def _list_digits(split: str) -> Listing:
+def _check_fixed_columns(data: Data) -> None:
+    if data.image_column != "image" or data.label_column not in (None, "label"):
+        unknown = data.image_column if data.image_column != "image" else data.label_column
+        raise UserError(f"no column {unknown!r}: {data.dataset_name!r} has the columns image, label.")
+
+
+def _list_digits(data: Data) -> Listing:
     """scikit-learn's 1,797 digits, 8 x 8 pixels of 0..16, in a fixed shuffled order."""
     from sklearn.datasets import load_digits
 
+    _check_fixed_columns(data)
+    split = data.split
     if split not in DIGITS_SPLITS:
         raise UserError(f"builtin:digits has no split {split!r}. Take one of: {', '.join(DIGITS_SPLITS)}.")
     bunch = load_digits()
@@ -87,8 +95,7 @@ def _list_folder(root: Path, data: Data) -> Listing:
         folders = _folders(root)
     elif data.split != "train":
         raise UserError(f"{str(root)!r} has no sub-folder of split {data.split!r}. Name the folder of those images.")
-    if data.label_column not in (None, "label"):
-        raise UserError(f"no column {data.label_column!r}: an image folder has the columns image, label.")
+    _check_fixed_columns(data)
     extensions = image_extensions()
     found = itertools.chain(root.iterdir(), *((root / folder).rglob("*") for folder in folders))
     names = sorted(path.relative_to(root).parts for path in found if path.suffix.lower() in extensions)

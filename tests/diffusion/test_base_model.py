@@ -3,6 +3,7 @@ import torch
 from diffusers import UNet2DModel
 from tiny_models import tiny_base_folder, tiny_unet
 
+from dp_peft_diffusion.diffusion import base_model
 from dp_peft_diffusion.diffusion.base_model import BUILTIN_BASES, fingerprint, load_base
 from dp_peft_diffusion.errors import UserError
 
@@ -46,6 +47,20 @@ def test_an_unknown_base_is_refused_by_name(name):
 def test_a_hub_name_without_network_gives_a_clear_error():
     with pytest.raises(UserError, match="nobody/nothing"):
         load_base("nobody/nothing")
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"spare_classes": 3}', '{"spare_classes": [0, 0], "colour": 1}'])
+def test_a_broken_layout_file_is_told_by_name(tmp_path, text):
+    folder = tiny_base_folder(tmp_path / "base")
+    (folder / "dp_peft_base.json").write_text(text)
+    with pytest.raises(UserError, match="dp_peft_base.json"):
+        load_base(str(folder))
+
+
+def test_the_layout_of_a_hub_base_is_fetched_with_it(tmp_path, monkeypatch):
+    folder = tiny_base_folder(tmp_path / "base")
+    monkeypatch.setattr(base_model, "hf_hub_download", lambda repo, name, revision: str(folder / name))
+    assert base_model._load_layout("somebody/handwriting", None).pixel_packing == 2
 
 
 def test_the_builtin_base_is_small_loads_with_stock_diffusers_and_has_spare_rows():

@@ -112,7 +112,7 @@ def test_inspect_shows_tensors_and_certificate(trained):
         (["--epsilon", "nan"], "epsilon"),
         (["--delta", "0.5"], "delta"),
         (["--adapter", "loha"], "lora"),
-        (["--label_column", "none", "--image_column", "picture"], ""),
+        (["--label_column", "none", "--image_column", "picture"], "picture"),
         (["--dataset_name", "no/such/folder"], "no/such/folder"),
         (["--pretrained_model_name_or_path", "builtin:nothing"], "builtin:nothing"),
         (["--target_modules", "to_qq"], "to_q"),
@@ -124,7 +124,6 @@ def test_inspect_shows_tensors_and_certificate(trained):
 def test_a_mistake_gets_a_clear_error_and_loses_nothing(place, arguments, extra, words):
     target = place / "runs" / "wrong"
     result = invoke(*arguments, "--output_dir", target, *extra, "--dry_run")
-    if extra[0] != "--label_column":  # an image folder has no columns: these are ignored
-        assert result.exit_code == 2, result.output
-        assert "Traceback" not in result.output and words in result.output
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output and words in result.output
     assert not target.exists() and not target.with_name("wrong.private").exists()
