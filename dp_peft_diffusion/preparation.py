@@ -66,12 +66,7 @@ def prepare(recipe: Recipe, output_dir: Path | str) -> Prepared:
     validate(recipe)
     requested, run = to_yaml(recipe), RunFolder(Path(output_dir))
     run.check_usable(requested)
-    on_cpu = torch.backends.mps.is_available()  # Apple's GPUs have no float64, which norms and sums need
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=recipe.train.mixed_precision)
-    if accelerator.num_processes > 1:
-        raise UserError(
-            f"{accelerator.num_processes} processes: this version trains in one. Start it without accelerate launch."
-        )
+    accelerator = make_accelerator(recipe.train.mixed_precision)
     base = load_base(recipe.model.pretrained_model_name_or_path, recipe.model.revision)
     base.unet.to(accelerator.device)
     check_sampler(base, recipe.sample)
@@ -92,6 +87,24 @@ def prepare(recipe: Recipe, output_dir: Path | str) -> Prepared:
     return Prepared(
         recipe, requested, run, accelerator, base, images, adapter, clipper, mechanism, *measured, gamma_source, notes
     )
+
+
+def make_accelerator(mixed_precision: str) -> Accelerator:
+    """Device and precision, from accelerate. The training loader is never handed to it (invariant 5).
+
+    Raises:
+        UserError: more than one process, or another precision than accelerate has in this process.
+    """
+    on_cpu = torch.backends.mps.is_available()  # Apple's GPUs have no float64, which norms and sums need
+    try:
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed_precision)
+    except ValueError as error:
+        raise UserError(f"--mixed_precision {mixed_precision}: {error}. Start a new process for it.") from error
+    if accelerator.num_processes > 1:
+        raise UserError(
+            f"{accelerator.num_processes} processes: this version trains in one. Start it without accelerate launch."
+        )
+    return accelerator
 
 
 def resolve(recipe: Recipe, base: BaseModel, images: PrivateImages) -> tuple[Recipe, tuple[str, ...]]:

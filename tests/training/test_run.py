@@ -8,11 +8,12 @@ import stat
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from scipy.stats import chi2
 from tiny_models import tiny_base_folder
 
-from dp_peft_diffusion import training
+from dp_peft_diffusion import preparation, training
 from dp_peft_diffusion.errors import RunError, UserError
 from dp_peft_diffusion.privacy.certificate import verify
 from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, Recipe, Sample, Train
@@ -251,6 +252,38 @@ def test_the_written_recipe_is_complete_and_runs_again(recipe, tmp_path):
     assert resolved.adapter.class_rows == (10, 11)
     again = run(prepare(resolved, tmp_path / "again"))
     assert verify(again.folder).ok
+
+
+def test_more_than_one_process_is_refused_naming_the_limit(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation.Accelerator, "num_processes", property(lambda self: 2))
+    with pytest.raises(UserError, match="2 processes"):
+        prepare(recipe, tmp_path / "run")
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps its precision for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_another_precision_in_one_process_is_refused_with_the_way_out(recipe, tmp_path, fresh_accelerate):
+    prepare(recipe, tmp_path / "run")
+    with pytest.raises(UserError, match="new process"):
+        prepare(changed(recipe, "train", mixed_precision="bf16"), tmp_path / "run")
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_bfloat16_forward_keeps_the_sum_in_float64_and_the_promise(recipe, tmp_path, monkeypatch):
+    seen = []
+    original = training.privatize
+    monkeypatch.setattr(training, "privatize", lambda p, total, *a: seen.append(total) or original(p, total, *a))
+    result = train(changed(recipe, "train", mixed_precision="bf16"), tmp_path / "run")
+    assert verify(result.folder).ok
+    assert all(tensor.dtype == torch.float64 for total in seen for tensor in total.values())
+    norm = torch.sqrt(sum(tensor.square().sum() for tensor in seen[0].values()))
+    assert 0 < norm <= 12.0  # twelve examples, each clipped to 1
 
 
 def test_an_unconditional_base_ignores_labels_and_says_so(recipe, tmp_path):
