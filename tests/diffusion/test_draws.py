@@ -27,6 +27,9 @@ def test_draws_differ_between_steps_and_examples():
     _, later, _ = all_draws(1, np.arange(3))
     rows = torch.cat([noise, later]).flatten(1)
     assert len(torch.unique(rows, dim=0)) == 6
+    ids = np.arange(50)
+    for now, then in zip(all_draws(0, ids), all_draws(1, ids), strict=True):
+        assert not torch.equal(now, then)
 
 
 def test_timesteps_are_uniform_and_spread_over_the_draws_of_one_example():

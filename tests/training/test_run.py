@@ -219,6 +219,19 @@ def test_an_empty_batch_is_a_step(recipe, tmp_path, monkeypatch):
     assert len(sums) == 3 and all(value.norm() > 0 for value in sums)
 
 
+def test_a_dropped_label_is_the_null_row_and_the_others_are_the_rows_of_their_class(recipe, base, tmp_path):
+    loaded = preparation.load_base(base)
+    wanted = changed(changed(recipe, "adapter", class_rows=(10, 11)), "train", label_dropout=0.4, noise_multiplicity=50)
+    labels = torch.arange(40) % 2
+    inputs = (torch.zeros(40, 1, 16, 16), labels, torch.ones(40), np.arange(40), KEY, 3)
+    rows = preparation.make_batch(wanted, loaded, *inputs)["rows"]
+    dropped = rows == loaded.layout.null_class
+    assert dropped.double().mean().item() == pytest.approx(0.4, abs=5 * (0.24 / 2000) ** 0.5)
+    assert torch.equal(rows[~dropped], (10 + labels)[:, None].expand(-1, 50)[~dropped])
+    kept = preparation.make_batch(changed(wanted, "train", label_dropout=0.0), loaded, *inputs)["rows"]
+    assert torch.equal(kept, (10 + labels)[:, None].expand(-1, 50))
+
+
 def test_micro_batches_have_one_size_and_lose_nobody():
     for n in range(12):
         chunks = list(micro_batches(np.arange(n), 5))
