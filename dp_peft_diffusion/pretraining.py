@@ -62,8 +62,9 @@ def pretrain(recipe: PretrainRecipe, output_dir: Path) -> Path:
     Returns the folder of the base (EMA weights), readable by stock `from_pretrained`.
 
     Raises:
-        UserError: the images have no label column.
+        UserError: the images have no label column, or the folder holds a pretraining by another recipe.
     """
+    claim_folder(output_dir, recipe)
     torch.manual_seed(recipe.seed)
     glyphs, characters = load_glyphs(recipe)
     num_classes = DIHEDRAL * (int(characters.max()) + 1)
@@ -76,7 +77,6 @@ def pretrain(recipe: PretrainRecipe, output_dir: Path) -> Path:
     optimizer = torch.optim.Adam(trained.parameters(), lr=recipe.learning_rate)
     ema = {name: value.detach().clone() for name, value in trained.state_dict().items()}
     first = _resume(output_dir, trained, optimizer, ema)
-    (output_dir / "recipe.yaml").write_text(to_yaml(recipe))
     log = open(output_dir / "pretraining.jsonl", "a")  # noqa: SIM115
     started, bar = time.monotonic(), tqdm(range(first, recipe.max_train_steps), initial=first, desc="pretrain")
     for step in bar:
@@ -98,6 +98,19 @@ def pretrain(recipe: PretrainRecipe, output_dir: Path) -> Path:
             _checkpoint(output_dir, step + 1, trained, optimizer, ema)
             _export(recipe, output_dir / "base", num_classes, scheduler, ema)
     return output_dir / "base"
+
+
+def claim_folder(output_dir: Path, recipe: PretrainRecipe) -> None:
+    """Write the recipe into the folder, which resumes this recipe only.
+
+    Raises:
+        UserError: the folder holds a pretraining by another recipe.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / "recipe.yaml"
+    if path.is_file() and path.read_text() != to_yaml(recipe):
+        raise UserError(f"--output_dir {output_dir} holds a pretraining with other options. Choose another folder.")
+    path.write_text(to_yaml(recipe))
 
 
 def load_glyphs(recipe: PretrainRecipe) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,7 +210,6 @@ def _checkpoint(
 def _resume(
     output_dir: Path, trained: nn.Module, optimizer: torch.optim.Optimizer, ema: dict[str, torch.Tensor]
 ) -> int:
-    output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / "checkpoint.safetensors"
     if not path.is_file():
         return 0

@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw
 from dp_peft_diffusion import pretraining
 from dp_peft_diffusion.diffusion.base_model import load_base
 from dp_peft_diffusion.diffusion.glyphs import CANVAS, DIHEDRAL, augment, crop_glyph
+from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.pretraining import initial_codes, pretrain
 from dp_peft_diffusion.recipe import PretrainRecipe
 
@@ -60,6 +61,12 @@ def test_an_interrupted_pretraining_resumes_to_the_same_weights(recipe, tmp_path
     monkeypatch.setattr(pretraining, "_checkpoint", original)
     assert load_base(str(pretrain(recipe, tmp_path / "halves"))).sha256 == whole
     assert load_base(str(pretrain(dataclasses.replace(recipe, seed=1), tmp_path / "other"))).sha256 != whole
+
+
+def test_a_folder_resumes_its_own_recipe_only(recipe, tmp_path):
+    pretrain(recipe, tmp_path / "out")
+    with pytest.raises(UserError, match="other options"):
+        pretrain(dataclasses.replace(recipe, block_out_channels=(8, 24)), tmp_path / "out")
 
 
 def test_a_cropped_glyph_is_white_on_black_and_fills_the_canvas():
