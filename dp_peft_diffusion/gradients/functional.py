@@ -10,6 +10,7 @@ with C' = max_grad_norm * (1 - 1e-6), which leaves room for rounding below the p
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from dp_peft_diffusion.errors import UserError
 
 Batch = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
-LossFn = Callable[[nn.Module, Batch], Tensor]
+LossFn = Callable[[nn.Module, Any], Tensor]  # (model, one Batch) -> losses (b,)
 Gradients = dict[str, Tensor]
 
 CLIP_MARGIN = 1e-6
@@ -63,16 +64,17 @@ class Clip:
         factors = torch.where(usable, self.factors(norms), 0.0)
         total = {}
         for name, gradient in gradients.items():
-            # Masked before it is multiplied: 0 * inf is NaN (invariant 4).
-            rows = gradient.flatten(1).double().masked_fill(~usable.unsqueeze(1), 0.0)
-            total[name] = (factors @ rows).view(gradient.shape[1:])
+            rows = gradient.flatten(1)
+            if not usable.all():  # masked before it is multiplied: 0 * inf is NaN (invariant 4)
+                rows = rows.masked_fill(~usable.unsqueeze(1), 0.0)
+            total[name] = (factors @ rows.double()).view(gradient.shape[1:])
         return total
 
 
 def flat_norms(gradients: Gradients) -> Tensor:
     """{name: (b, *shape) float32} -> Euclidean norm over all tensors of each example, (b,) float64 (invariant 4)."""
-    squares = [gradient.flatten(1).double().square().sum(dim=1) for gradient in gradients.values()]
-    return torch.stack(squares).sum(dim=0).sqrt()
+    norms = [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) for g in gradients.values()]
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -99,30 +101,57 @@ def batch_size(batch: Batch) -> int:
 
 def loop_clipped_sum(model: nn.Module, loss_fn: LossFn, batch: Batch, clip: Clip) -> Gradients:
     """The clipped sum by plain autograd, one example at a time. `loss_fn(model, batch)` -> losses (b,)."""
+    if batch_size(batch) == 0:
+        return zeros(trainable(model))
+    return clip.sum(loop_gradients(model, loss_fn, batch))
+
+
+def loop_gradients(model: nn.Module, loss_fn: LossFn, batch: Batch) -> Gradients:
+    """Per-example gradients {name: (b, *shape) float32} by plain autograd, one example at a time; b >= 1.
+
+    A parameter that the loss does not reach has gradient zero.
+    """
     parameters = trainable(model)
-    total = zeros(parameters)
+    rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for i in range(batch_size(batch)):
         losses = loss_fn(model, _slice(batch, i))
-        gradients = torch.autograd.grad(losses.sum(), list(parameters.values()))
-        clipped = clip.sum({name: g.float().unsqueeze(0) for name, g in zip(parameters, gradients, strict=True)})
-        total = {name: total[name] + clipped[name] for name in total}
-    return total
+        gradients = torch.autograd.grad(losses.sum(), list(parameters.values()), materialize_grads=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            rows[name].append(gradient.float())
+    return {name: torch.stack(gradients) for name, gradients in rows.items()}
 
 
 def vmap_clipped_sum(model: nn.Module, loss_fn: LossFn, batch: Batch, clip: Clip) -> Gradients:
     """The clipped sum by vmap(grad) over the trainable tensors; any layer, any raw parameter that vmap can follow."""
-    parameters = trainable(model)
     if batch_size(batch) == 0:
-        return zeros(parameters)
+        return zeros(trainable(model))
+    return clip.sum(vmap_gradients(model, loss_fn, batch))
+
+
+def vmap_gradients(model: nn.Module, loss_fn: LossFn, batch: Batch) -> Gradients:
+    """Per-example gradients {name: (b, *shape) float32} by vmap(grad).
+
+    Each example goes through the model alone, so whatever vmap can follow at all is kept apart.
+
+    Raises:
+        UserError: the loss of one example is not of shape (1,).
+        RuntimeError: an operation that vmap cannot follow, or that draws random numbers.
+    """
     problem = _Problem(model, loss_fn)
-    names = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
+    names = {f"model.{name}": parameter.detach() for name, parameter in trainable(model).items()}
 
     def loss_of_one(weights: dict[str, Tensor], example: Batch) -> Tensor:
         one = _map(lambda tensor: tensor.unsqueeze(0), example)
-        return torch.func.functional_call(problem, weights, (one,)).sum()
+        losses = torch.func.functional_call(problem, weights, (one,))
+        if losses.shape != (1,):
+            raise UserError(
+                f"the loss function returned shape {tuple(losses.shape)} for one example. "
+                "Return one loss for each example, shape (b,)."
+            )
+        return losses.sum()
 
     gradients = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, 0))(names, batch)
-    return clip.sum({name.removeprefix("model."): gradient.float() for name, gradient in gradients.items()})
+    return {name.removeprefix("model."): gradient.float() for name, gradient in gradients.items()}
 
 
 class _Problem(nn.Module):

@@ -220,7 +220,7 @@ def test_clipped_parameters_are_the_trainable_ones_and_are_printed():
     assert list(clipper.parameters) == list(expected)
     assert all(clipper.parameters[name] is expected[name] for name in expected)
     count = sum(p.numel() for p in expected.values())
-    line = f"clipping {count:,} of {count:,} trainable parameters in {len(expected)} tensors"
+    line = f"clipping {count:,} of {count:,} trainable parameters in {len(expected)} tensors, by hooks"
     assert clipper.describe() == line
     unet.conv_in.weight.requires_grad_(True)
     assert clipper.describe() == line.replace(f"of {count:,}", f"of {count + unet.conv_in.weight.numel():,}")
@@ -228,21 +228,46 @@ def test_clipped_parameters_are_the_trainable_ones_and_are_printed():
         clipper.clipped_sum_of(denoising_loss(1), images(2, 1))
 
 
-def norm_layer():
-    return Layers(nn.GroupNorm(1, 4), nn.Linear(4, 4))
-
-
 def raw_parameter():
-    model = Layers(nn.Linear(4, 4))
-    model.scale = nn.Parameter(torch.ones(1))
-    return model
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+            self.eval()
+
+        def forward(self, x):
+            return self.layer(x) * self.scale
+
+    return Scaled()
 
 
 def subclass():
     class Odd(nn.Linear):
-        pass
+        def forward(self, x):
+            return super().forward(x).tanh()
 
     return Layers(Odd(4, 4))
+
+
+@pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS)
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("make", [raw_parameter, subclass])
+def test_what_no_rule_knows_goes_through_torch_func_and_equals_the_loop(make, k, clip):
+    model, batch, loss_fn = make(), (torch.randn(5, 4),), repeated_loss(k)
+    clipper = clipper_for(model, clip)
+    assert clipper.path == "vmap"
+    expected = loop_clipped_sum(model, loss_fn, batch, clip)
+    assert relative_error(clipper.clipped_sum_of(loss_fn, batch), expected) < 1e-5
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_dora_goes_through_torch_func_and_equals_the_loop():
+    unet, batch, loss_fn = tiny_unet(ATTENTION, use_dora=True), images(3, 2), denoising_loss(2)
+    clipper = clipper_for(unet, FLAT)
+    assert clipper.path == "vmap"
+    expected = loop_clipped_sum(unet, loss_fn, batch, FLAT)
+    assert relative_error(clipper.clipped_sum_of(loss_fn, batch), expected) < 1e-5
+    assert not any(tensor.any() for tensor in clipper.clipped_sum_of(loss_fn, images(0, 2)).values())
 
 
 def tied():
@@ -279,9 +304,6 @@ def wrapped():
 
 
 REFUSED = {
-    "a trainable norm": (norm_layer, r"layers\.0 \(GroupNorm\) has no rule"),
-    "a raw parameter": (raw_parameter, r"\(the model\) \(Layers\) has no rule"),
-    "a subclass": (subclass, r"layers\.0 \(Odd\) has no rule"),
     "tied weights": (tied, r"layers\.1\.weight is tied to layers\.0\.weight"),
     "a layer under two names": (tied_to_a_layer, r"layers\.2\.weight is tied to layers\.0\.weight"),
     "training mode": (training_mode, r"layers\.1 \(Tanh\) is in training mode"),
@@ -291,9 +313,8 @@ REFUSED = {
         r"layers\.0 \(BatchNorm1d\) mixes",
     ),
     "an adapter dropout": (lambda: tiny_unet(ATTENTION, lora_dropout=0.1), r"to_q \(Linear\) has an adapter dropout"),
-    "DoRA": (lambda: tiny_unet(ATTENTION, use_dora=True), r"lora_magnitude_vector\.default \(\w+\) has no rule"),
     "nothing trainable": (lambda: Layers(nn.Linear(4, 4)).requires_grad_(False), "no parameter"),
-    "half precision": (lambda: Layers(nn.Linear(4, 4)).bfloat16(), r"layers\.0 \(Linear\) trains in torch\.bfloat16"),
+    "half precision": (lambda: Layers(nn.Linear(4, 4)).bfloat16(), r"layers\.0 \(Linear\) trains weight in torch\.bf"),
     "max_norm": (lambda: Layers(nn.Embedding(4, 4, max_norm=1.0)), r"layers\.0 \(Embedding\) has max_norm"),
     "scale_grad_by_freq": (lambda: Layers(nn.Embedding(4, 4, scale_grad_by_freq=True)), r"layers\.0 \(Embedding\)"),
     "a parametrization": (weight_norm, r"layers\.0"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.models.normalization import RMSNorm as DiffusersRMSNorm
 from torch import nn
 
 from dp_peft_diffusion.gradients.functional import loop_clipped_sum, vmap_clipped_sum
@@ -55,6 +56,61 @@ def test_conv2d_equals_the_loop_in_every_geometry(options, k, memory_format, cli
     model = Layers(nn.Conv2d(4, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 4, **options))
     x = torch.randn(4, 4, 7, 6).contiguous(memory_format=memory_format)
     check(model.to(memory_format=memory_format), x, k, clip)
+
+
+SPACES = {nn.Conv1d: (9,), nn.Conv3d: (4, 5, 6)}
+
+
+@pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS)
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(kernel_size=3, padding=1),
+        dict(kernel_size=1),
+        dict(kernel_size=2, padding="same"),
+        dict(kernel_size=3, stride=2, dilation=1, groups=2),
+        dict(kernel_size=2, dilation=2),
+        dict(kernel_size=3, padding=1, padding_mode="circular"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv3d])
+def test_conv1d_and_conv3d_equal_the_loop(kind, options, k, clip):
+    check(Layers(kind(4, 6, 3, padding=1), nn.Tanh(), kind(6, 4, **options)), torch.randn(4, 4, *SPACES[kind]), k, clip)
+
+
+NORMS = {
+    "group norm of images": (lambda: nn.GroupNorm(2, 4), (4, 5, 3)),
+    "group norm of vectors": (lambda: nn.GroupNorm(2, 4), (4,)),
+    "instance-like group norm": (lambda: nn.GroupNorm(4, 4), (4, 6)),
+    "layer norm of tokens": (lambda: nn.LayerNorm(4), (5, 4)),
+    "layer norm of vectors": (lambda: nn.LayerNorm(4), (4,)),
+    "layer norm of two axes": (lambda: nn.LayerNorm((3, 4)), (2, 3, 4)),
+    "layer norm without bias": (lambda: nn.LayerNorm(4, bias=False), (5, 4)),
+    "rms norm": (lambda: nn.RMSNorm(4), (5, 4)),
+    "rms norm of two axes": (lambda: nn.RMSNorm((3, 4), eps=1e-3), (3, 4)),
+    "rms norm of diffusers": (lambda: DiffusersRMSNorm(4, eps=1e-5, bias=True), (5, 4)),
+}
+
+
+@pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS)
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("make, shape", NORMS.values(), ids=NORMS)
+def test_norms_equal_the_loop(make, shape, k, clip):
+    norm = make()
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(5, *shape)
+    check(Layers(norm), x if x.dim() != 4 else x.contiguous(memory_format=torch.channels_last), k, clip)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.LayerNorm(4)], ids=["group", "layer"])
+def test_a_norm_may_train_its_weight_or_its_bias_alone(norm, frozen):
+    model = Layers(norm)
+    norm.requires_grad_(True).get_parameter(frozen).requires_grad_(False)
+    check(model, torch.randn(5, 4), 3, CLIPS["flat"])
 
 
 @pytest.mark.parametrize("b", [1, 2, 8])

@@ -1,0 +1,55 @@
+"""What of a model cannot be proved to keep the bound of one example; refused by name."""
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.gradients.functional import trainable
+from dp_peft_diffusion.gradients.rules import layer_problem
+
+
+def trainable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> module, of those that hold a trainable parameter themselves."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    }
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse by name what cannot be proved to keep the bound (invariants 9 and 10).
+
+    Raises:
+        UserError: the first thing refused.
+    """
+    if not trainable(model):
+        raise UserError("no parameter of the model requires a gradient. Inject an adapter, or set requires_grad.")
+    for path, module in model.named_modules():
+        problem = _module_problem(module)
+        if problem:
+            raise UserError(f"module {path or '(the model)'} ({type(module).__name__}) {problem}")
+    for path, layer in trainable_layers(model).items():
+        problem = layer_problem(layer)
+        if problem:
+            raise UserError(f"trainable module {path or '(the model)'} ({type(layer).__name__}) {problem}")
+    seen: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = seen.setdefault(id(parameter), name)
+        if parameter.requires_grad and first != name:
+            raise UserError(f"trainable parameter {name} is tied to {first}. Untie them, or freeze both.")
+
+
+def _module_problem(module: nn.Module) -> str | None:
+    if module.training:
+        return "is in training mode. Call model.eval() after the adapter is injected."
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return "mixes the examples of a batch. Use a model with GroupNorm."
+    if isinstance(module, BaseTunerLayer):
+        adapter_only = {id(m) for m in module.modules()} - {id(m) for m in module.get_base_layer().modules()}
+        for part in module.modules():
+            if id(part) in adapter_only and isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
+                return (
+                    f"has an adapter dropout of {part.p}. Make the adapter with dropout 0: noise regularises already."
+                )
+    return None

@@ -1,0 +1,155 @@
+"""One forward and backward with taps on the trainable layers, which turn what flows past into per-example gradients.
+
+Every trainable layer runs its own forward on detached weights, so that autograd computes only the gradient of its
+input. A tap on its output sees that gradient go by and turns it, with the layer's input, into per-example gradients.
+Plain LoRA layers run merged, as one product, with the same taps. Activations travel only through
+`ctx.save_for_backward`, so gradient checkpointing frees and recomputes them as usual. Nothing is stored on parameters.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.gradients.functional import Gradients
+from dp_peft_diffusion.gradients.merged import MergedLora, merged_layers
+from dp_peft_diffusion.gradients.refusals import trainable_layers
+from dp_peft_diffusion.gradients.rules import RULES
+
+
+class Site(Protocol):
+    """What a tap needs to know of the layer that it sits on."""
+
+    path: str
+    kind: str
+    batched_dims: int
+
+    def gradients(self, activations: Tensor, backprops: Tensor, b: int) -> Gradients:
+        """{name within the layer: (b, *shape) float32}."""
+
+
+class Leaf:
+    """A layer with a rule, run on detached weights that alias its own."""
+
+    def __init__(self, path: str, layer: nn.Module) -> None:
+        self.path, self.kind, self.layer, self.rule = path, type(layer).__name__, layer, RULES[type(layer)]
+        self.batched_dims = self.rule.batched_dims(layer)
+        self.detached = copy.copy(layer)
+        weights: dict[str, Any] = {name: None if p is None else p.detach() for name, p in layer._parameters.items()}
+        self.detached._parameters = weights  # aliases: they follow the layer's values
+
+    def gradients(self, activations: Tensor, backprops: Tensor, b: int) -> Gradients:
+        """By the layer's rule."""
+        return self.rule.gradients(self.layer, activations, backprops, b)
+
+
+class Pass:
+    """One forward and backward: the patched layers, and the per-example gradients as they arrive."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.b: int | None = None
+        self.gradients: Gradients = {}
+        self.anchor = torch.empty(0, requires_grad=True)  # makes taps run where no input requires a gradient
+        self.patched: list[nn.Module] = []
+        for path, layer in trainable_layers(model).items():
+            self._patch(layer, self._tapped_forward(Leaf(path, layer)))
+        for path, merged in merged_layers(model).items():
+            self._patch(model.get_submodule(path), self._merged_forward(merged))
+
+    def close(self) -> None:
+        """Take the taps off; let go of what the losses' graph would keep alive."""
+        for layer in self.patched:
+            del layer.forward
+        self.patched, self.gradients = [], {}
+
+    def backward(self, losses: Tensor) -> None:
+        """Each loss depends on its own example only, so the backward of all at once keeps gradients apart."""
+        self.b = len(losses)
+        torch.autograd.backward(losses, torch.ones_like(losses))
+
+    def _patch(self, layer: nn.Module, forward: Callable[..., Tensor]) -> None:
+        layer.forward = forward
+        self.patched.append(layer)
+
+    def _tapped_forward(self, leaf: Leaf) -> Callable[[Tensor], Tensor]:
+        def forward(input: Tensor) -> Tensor:
+            return _Tap.apply(leaf.detached.forward(input), input, self.anchor, self, leaf)
+
+        return forward
+
+    def _merged_forward(self, merged: MergedLora) -> Callable[..., Tensor]:
+        def forward(x: Tensor, *args: Any, **options: Any) -> Tensor:
+            if args or options or x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):
+                return type(merged.layer).forward(merged.layer, x, *args, **options)  # unmerged, its leaves are tapped
+            return _MergedTap.apply(x, merged.weight, self.anchor, self, merged)
+
+        return forward
+
+    def collect(self, site: Site, activations: Tensor, backprops: Tensor) -> None:
+        """Add one call's per-example gradients; a layer that is called twice has two."""
+        b = self._examples(site, activations, backprops)
+        with torch.autocast(activations.device.type, enabled=False):
+            found = site.gradients(activations, backprops, b)
+        for local, gradient in found.items():
+            name = f"{site.path}.{local}" if site.path else local
+            self.gradients[name] = self.gradients[name] + gradient if name in self.gradients else gradient
+
+    def _examples(self, site: Site, activations: Tensor, backprops: Tensor) -> int:
+        """The number of examples b, if this call's rows can be told apart by it.
+
+        Raises:
+            UserError: a backward outside clipped_sum, rows that are not b * k, or float16.
+        """
+        if self.b is None:
+            raise UserError("these losses belong to the clipper: call clipper.clipped_sum(losses), not backward().")
+        if torch.float16 in (activations.dtype, backprops.dtype):
+            raise UserError(
+                f"layer {site.path} ({site.kind}) was run in float16, where small gradients become zero, and a "
+                "gradient scaler's scale would depend on private gradients. Use bfloat16 (--mixed_precision bf16) or float32."
+            )
+        shape = tuple(activations.shape)
+        if len(shape) < site.batched_dims or shape[0] == 0 or shape[0] % self.b:
+            raise UserError(
+                f"layer {site.path} ({site.kind}) was called with shape {shape} for {self.b} losses; its first size "
+                f"must be a multiple of {self.b}, example by example. Expand shared inputs to one row each."
+            )
+        return self.b
+
+
+class _Tap(torch.autograd.Function):
+    """Identity on a layer's output whose backward hands input and output gradient to the pass."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, activations: Tensor, anchor: Tensor, opened: Pass, leaf: Leaf) -> Tensor:
+        ctx.save_for_backward(activations)
+        ctx.opened, ctx.leaf = opened, leaf
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, backprops: Tensor) -> tuple[Tensor | None, ...]:
+        (activations,) = ctx.saved_tensors
+        ctx.opened.collect(ctx.leaf, activations, backprops)
+        return backprops, None, None, None, None
+
+
+class _MergedTap(torch.autograd.Function):
+    """A merged LoRA layer whose backward hands input and output gradient to the pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, anchor: Tensor, opened: Pass, merged: MergedLora) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.opened, ctx.merged = opened, merged
+        return merged.forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, backprops: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        ctx.opened.collect(ctx.merged, x, backprops)
+        input_gradient = ctx.merged.input_gradient(x.shape, weight, backprops) if ctx.needs_input_grad[0] else None
+        return input_gradient, None, None, None, None

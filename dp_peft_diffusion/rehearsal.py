@@ -1,0 +1,115 @@
+"""What is tried out before step 1, on public or made-up inputs only (invariant 15): sampler, gradients, speed."""
+
+import dataclasses
+import decimal
+import time
+
+import numpy as np
+import torch
+
+from dp_peft_diffusion import recipe as recipes
+from dp_peft_diffusion.batches import made_up_batch, make_loss, public_batch
+from dp_peft_diffusion.diffusion.adapters import Adapter
+from dp_peft_diffusion.diffusion.base_model import BaseModel
+from dp_peft_diffusion.diffusion.generation import sample_images
+from dp_peft_diffusion.gradients.clipper import PerSampleClipper
+from dp_peft_diffusion.gradients.self_check import check_gradients
+from dp_peft_diffusion.recipe import Recipe
+
+MEASURED_SECONDS = 1.0
+GAMMA_IMAGES = 64
+GAMMA_SHARE = 0.1  # of the median norm of public images
+
+
+def check_sampler(base: BaseModel, sample: recipes.Sample) -> None:
+    """Make one image as the recipe's grids will be made, so that a wrong sampler costs no privacy.
+
+    Raises:
+        UserError: what `sample_images` refuses.
+    """
+    labels = None if base.num_class_embeds is None else torch.zeros(1, dtype=torch.long)
+    sample_images(
+        base,
+        labels,
+        num_images=1,
+        seed=sample.seed,
+        scheduler=sample.scheduler,
+        num_inference_steps=sample.num_inference_steps,
+        guidance_scale=sample.guidance_scale,
+        device=base.unet.device,
+    )
+
+
+def choose_gamma(recipe: Recipe, base: BaseModel, adapter: Adapter) -> float:
+    """A tenth of the median per-example gradient norm of images sampled from the base itself.
+
+    Automatic clipping (Bu et al. 2023) scales each gradient to C g / (|g| + gamma): a gamma well
+    below the norms keeps small gradients from drowning, and no private image chose it.
+    """
+    labels = None
+    if base.num_class_embeds is not None:
+        public = base.num_class_embeds if base.layout.null_class is None else base.layout.null_class
+        labels = torch.from_numpy(np.random.default_rng(0).integers(public, size=GAMMA_IMAGES))
+    sampled = sample_images(base, labels, num_images=GAMMA_IMAGES, seed=0, device=base.unet.device)
+    clipper = PerSampleClipper(adapter.unet)  # for its norms: nothing is clipped
+    batch = public_batch(recipe, base, sampled.float() / 127.5 - 1)
+    norms = clipper.norms_of(make_loss(base), batch)
+    return round_down(GAMMA_SHARE * norms.median().item(), digits=2)
+
+
+def round_down(value: float, digits: int) -> float:
+    """`value` with so many significant digits, never above it."""
+    context = decimal.Context(prec=digits, rounding=decimal.ROUND_FLOOR)
+    return float(context.create_decimal_from_float(value))
+
+
+def choose_precision(recipe: Recipe, base: BaseModel, clipper: PerSampleClipper) -> tuple[str, str]:
+    """The faster of float32 and bfloat16 on made-up images, for about a second each, and a sentence that says so.
+
+    Written into the resolved recipe, so that a run is never measured into another precision half-way.
+    """
+    batch = made_up_batch(recipe, base, recipe.train.micro_batch_size)
+    seconds = {}
+    for precision in ("no", "bf16"):
+        loss_fn = make_loss(base, precision)
+        times: list[float] = []
+        clipper.clipped_sum_of(loss_fn, batch)  # the first call of a precision sets kernels up
+        while sum(times) < MEASURED_SECONDS:
+            started = time.monotonic()
+            clipper.clipped_sum_of(loss_fn, batch)
+            times.append(time.monotonic() - started)
+        seconds[precision] = min(times)
+    fastest = min(seconds, key=seconds.__getitem__)
+    note = f"mixed_precision {fastest}: {seconds['no']:.2f} s in float32, {seconds['bf16']:.2f} s in bfloat16"
+    return fastest, f"{note}, measured on made-up images"
+
+
+def check_clipper(recipe: Recipe, base: BaseModel, clipper: PerSampleClipper) -> None:
+    """The start-up self-check: the loss, model and shapes of the run, on made-up images; two examples, two draws.
+
+    Raises:
+        UserError: what `check_gradients` refuses.
+    """
+    two_draws = dataclasses.replace(recipe.train, noise_multiplicity=2)
+    batch = made_up_batch(dataclasses.replace(recipe, train=two_draws), base, 2)
+    precision = torch.bfloat16 if recipe.train.mixed_precision == "bf16" else torch.float32
+    check_gradients(clipper, make_loss(base, recipe.train.mixed_precision), batch, precision)
+
+
+def measure_micro_batch(recipe: Recipe, base: BaseModel, clipper: PerSampleClipper) -> tuple[float, int]:
+    """Seconds for one micro-batch of made-up images (the second of two), and bytes kept for its backward.
+
+    The peak of the process would not do: decoding the private images is in it (invariant 13).
+    """
+    batch = made_up_batch(recipe, base, recipe.train.micro_batch_size)
+    loss_fn, kept = make_loss(base, recipe.train.mixed_precision), {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        clipper.clipped_sum_of(loss_fn, batch)
+    started = time.monotonic()
+    clipper.clipped_sum_of(loss_fn, batch)
+    return time.monotonic() - started, sum(kept.values())
