@@ -54,7 +54,7 @@ def training_lines(prepared: "Prepared") -> list[tuple[str, str]]:
     recipe, clipper, train = prepared.recipe, prepared.clipper, prepared.recipe.train
     total = sum(p.numel() for p in prepared.adapter.unet.parameters())
     trainable = sum(p.numel() for p in prepared.adapter.trainable.values())
-    modules = prepared.adapter.adapted_modules
+    modules, trains_all = prepared.adapter.adapted_modules, prepared.adapter.config is None
     names = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
     minutes = prepared.mechanism.steps * prepared.minutes_per_step
     images_bytes = len(prepared.images) * prepared.base.image_channels * prepared.base.resolution**2
@@ -63,7 +63,10 @@ def training_lines(prepared: "Prepared") -> list[tuple[str, str]]:
     public += [f"{len(classes)} class names ({', '.join(classes[:10])})"] if classes else []
     public += ["class names declare themselves public by being folder or label names"] if classes else []
     return [
-        ("Base", f"{recipe.model.pretrained_model_name_or_path}, frozen"),
+        (
+            "Base",
+            f"{recipe.model.pretrained_model_name_or_path}, {'all of it trains' if trains_all else 'frozen'}",
+        ),
         ("Images", f"{recipe.data.dataset_name} ({recipe.data.split}), {len(prepared.images):,} rows"),
         (
             "Adapter",

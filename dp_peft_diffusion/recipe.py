@@ -14,6 +14,11 @@ from dp_peft_diffusion.strict_yaml import read_table, write_line
 from dp_peft_diffusion.typed_fields import build, check_range, nearest, option, options
 
 PROMISES = ("epsilon", "noise_multiplier", "no_privacy")  # of a run, exactly one
+ADAPTER_KINDS = (
+    "lora", "lora_conv", "ffa_lora", "rslora", "dora", "ia3", "lokr", "oft", "vera",
+    "bitfit", "norm", "attention", "class_rows", "full",
+)  # fmt: skip
+WITHOUT_TARGETS = ("bitfit", "class_rows", "full")
 MAX_SEED = 2**32  # image i is seeded with seed * 1,000,003 + i, which must fit 63 bits
 AnyRecipe = TypeVar("AnyRecipe", "Recipe", "PretrainRecipe")
 
@@ -44,13 +49,12 @@ class Data:
 class Adapter:
     """What trains."""
 
-    kind: str = option("lora", flag="adapter", choices=("lora",), help="kind of adapter")
-    rank: int = option(4, aliases=("lora_r", "network_dim"), at_least=1, below=257, help="rank of the LoRA matrices")
+    kind: str = option("lora", flag="adapter", choices=ADAPTER_KINDS, help="kind of adapter")
+    rank: int = option(4, aliases=("lora_r", "network_dim"), at_least=1, below=257, help="rank of its matrices")
     lora_alpha: float | None = option(None, aliases=("network_alpha",), above=0, help="LoRA alpha; none: the rank")
     target_modules: tuple[str, ...] | None = option(
-        ("to_q", "to_k", "to_v", "to_out.0"), help="ends of names of modules that get LoRA; none: class rows only"
+        None, help="ends of names of modules that are adapted; none: the kind's own"
     )
-    freeze_a: bool = option(False, help="LoRA A stays random; only B trains")
     class_code_rank: int | None = option(None, at_least=1, help="public directions class rows move in; none: all")
     class_rows: tuple[int, ...] | None = option(
         None, at_least=0, help="rows of the class table that may be overwritten, for a base without spare rows"
@@ -89,7 +93,10 @@ class Train:
     )
     label_dropout: float = option(0.1, at_least=0, below=1, help="share of draws that see no label, for guidance")
     ema_decay: float = option(0.0, at_least=0, below=1, help="moving average of the adapter; 0: off")
-    mixed_precision: str = option("no", choices=("no", "bf16"), help="precision of the frozen base")
+    mixed_precision: str = option(
+        "no", choices=("no", "bf16", "auto"), help="precision of the frozen base; auto: whichever measures faster"
+    )
+    skip_self_check: bool = option(False, help="skip the start-up check of gradients; the certificate says so")
     seed: int = option(0, at_least=0, below=MAX_SEED, help="of everything public; the privacy noise has no seed")
 
 
@@ -161,7 +168,7 @@ def load_recipe(path: Path | str | None = None, overrides: Mapping[str, object] 
     """Read and check a recipe: overrides such as {"privacy.epsilon": 1.0} over the file over the defaults.
 
     Any of epsilon, noise_multiplier and no_privacy among the overrides takes the place of the file's. What the file
-    declares public is its own data set, not one that an override names.
+    declares public is its own data set, not one that an override names; its target_modules go with its own kind.
 
     Raises:
         UserError: unreadable file, unknown key, wrong type, or a value that `validate` refuses.
@@ -171,6 +178,8 @@ def load_recipe(path: Path | str | None = None, overrides: Mapping[str, object] 
     overrides = overrides or {}
     if any(f"privacy.{name}" in overrides for name in PROMISES):
         tables["privacy"] |= {"epsilon": None, "noise_multiplier": None, "no_privacy": False}
+    if overrides.get("adapter.kind", recipe.adapter.kind) != recipe.adapter.kind:
+        tables["adapter"]["target_modules"] = None
     if "data.dataset_name" in overrides:
         tables["data"]["declared_public"] = False
     for key, value in overrides.items():
@@ -190,6 +199,9 @@ def validate(recipe: AnyRecipe) -> AnyRecipe:
     Raises:
         UserError: naming the option, its recipe key, what is allowed, and what to type.
     """
+    if isinstance(recipe, Recipe):
+        _check_kind(recipe.adapter.kind)
+        _check_precision(recipe.train.mixed_precision)
     for section, spec, value in options(recipe):
         check_range(section, spec, value)
     if isinstance(recipe, Recipe):
@@ -207,6 +219,25 @@ def to_yaml(recipe: Recipe | PretrainRecipe) -> str:
             last = section
         lines.append(f"{'  ' if section else ''}{write_line(spec.name, value)}  # {spec.metadata['help']}")
     return "\n".join(lines) + "\n"
+
+
+def _check_kind(kind: str) -> None:
+    """A kind that peft has and this tool cannot train deserves its reason."""
+    if kind == "loha":
+        raise UserError(
+            "--adapter loha (adapter.kind in a recipe): peft computes it in an autograd function of its own, which "
+            "neither vmap nor a layer rule can follow, so no per-example gradient of it is exact. "
+            "Use --adapter lokr, which is as small, or --adapter lora."
+        )
+
+
+def _check_precision(mixed_precision: str) -> None:
+    """A precision that other tools have deserves the reason why it is not here."""
+    if mixed_precision == "fp16":
+        raise UserError(
+            "--mixed_precision fp16 (train.mixed_precision in a recipe) needs a gradient scaler, whose scale would "
+            "depend on private gradients, and small gradients would become zero. Type --mixed_precision bf16."
+        )
 
 
 def _check_together(recipe: Recipe) -> None:
@@ -227,6 +258,13 @@ def _check_together(recipe: Recipe) -> None:
         )
     if privacy.gamma is not None and privacy.clipping == "flat":
         raise UserError("--gamma (privacy.gamma) belongs to --clipping automatic. Leave one of them out.")
+    if recipe.adapter.target_modules is not None and recipe.adapter.kind in WITHOUT_TARGETS:
+        raise UserError(
+            f"--target_modules has no meaning with --adapter {recipe.adapter.kind} (adapter.kind in a recipe), which "
+            "knows what it trains. Leave it out, or choose --adapter lora."
+        )
+    if recipe.adapter.kind == "oft" and recipe.adapter.rank < 2:
+        raise UserError("--rank 1 (adapter.rank in a recipe): a rotation of one number is none. Type --rank 4 for oft.")
     lists = {"--class_names": data.class_names, "--class_rows": recipe.adapter.class_rows}
     for name, items in (lists | {"--target_modules": recipe.adapter.target_modules}).items():
         if items is not None and len(set(items)) < len(items):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dp_peft_diffusion.batches import make_batch, make_loss
 from dp_peft_diffusion.diffusion.datasets import PrivateImages
 from dp_peft_diffusion.diffusion.generation import class_indices, class_rows, image_grid, sample_images
 from dp_peft_diffusion.errors import RunError
@@ -19,7 +20,7 @@ from dp_peft_diffusion.gradients.functional import Gradients
 from dp_peft_diffusion.gradients.noise import add_noise
 from dp_peft_diffusion.gradients.optimizer import Ema, apply_update, make_optimizer
 from dp_peft_diffusion.plan import epsilon_so_far, plan_text
-from dp_peft_diffusion.preparation import Prepared, make_batch, make_loss, prepare
+from dp_peft_diffusion.preparation import Prepared, prepare
 from dp_peft_diffusion.privacy.ledger import Ledger
 from dp_peft_diffusion.privacy.poisson import example_ids
 from dp_peft_diffusion.privacy.randomness import new_key
@@ -91,7 +92,7 @@ def train_steps(prepared: Prepared, key: bytes) -> None:
     parameters = clipper.parameters  # invariant 10: what is clipped is what trains
     optimizer = make_optimizer(recipe.train.optimizer, parameters, recipe.train.learning_rate)
     ema = Ema(parameters, recipe.train.ema_decay)
-    loss_fn, ledger = make_loss(prepared.base, prepared.accelerator), Ledger(prepared.run.ledger)
+    loss_fn, ledger = make_loss(prepared.base, recipe.train.mixed_precision), Ledger(prepared.run.ledger)
     spent = epsilon_so_far(prepared)
     write_grid(prepared, 0)
     minutes = prepared.minutes_per_step  # measured on made-up images: how long a private batch takes is private

@@ -20,6 +20,8 @@ LAYERS = (
     ("training", "pretraining"),
     ("plan",),
     ("preparation",),
+    ("rehearsal",),
+    ("batches",),
     ("sharing",),
     ("diffusion",),
     ("gradients",),

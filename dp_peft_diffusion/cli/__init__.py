@@ -2,6 +2,7 @@
 
 import click
 
+from dp_peft_diffusion.cli.benchmark import bench
 from dp_peft_diffusion.cli.certificates import inspect_folder, verify
 from dp_peft_diffusion.cli.images import evaluate, sample
 from dp_peft_diffusion.cli.machine import env
@@ -36,5 +37,5 @@ def main() -> None:
     """
 
 
-for _command in (train, sample, verify, inspect_folder, plan, evaluate, pretrain, env):
+for _command in (train, sample, verify, inspect_folder, plan, evaluate, pretrain, bench, env):
     main.add_command(_command)

@@ -119,9 +119,9 @@ def _evaluate(path: Path, names: tuple[str, ...] | None, **settings: Any) -> dic
     from dp_peft_diffusion.diffusion.datasets import open_examples
     from dp_peft_diffusion.evaluation import utility
 
-    is_adapter = (path / "adapter_config.json").is_file()
+    is_run = any((path / name).is_file() for name in ("recipe.yaml", "adapter_config.json"))
     data = Data(**{key: settings[key] for key in _REAL_IMAGES})
-    if is_adapter:
+    if is_run:
         names = names or adapter_classes(path)
         images, labels = sampled(path, names, settings)
     else:

@@ -13,11 +13,11 @@ import torch
 from diffusers import SchedulerMixin
 from PIL import Image
 
-from dp_peft_diffusion.diffusion.adapters import merge_adapter
+from dp_peft_diffusion.diffusion.adapters import holds_whole_model, merge_adapter
 from dp_peft_diffusion.diffusion.base_model import BaseModel, load_base
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.privacy import certificate
-from dp_peft_diffusion.recipe import load_recipe
+from dp_peft_diffusion.recipe import Recipe, load_recipe
 
 SCHEDULERS = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "dpmsolver++": "DPMSolverMultistepScheduler"}
 
@@ -127,7 +127,7 @@ def generate(
     base: str | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[list[Image.Image], list[str] | None]:
-    """Sample from a shareable folder: the adapter merged into its base in float32.
+    """Sample from a shareable folder: the adapter merged into its base in float32, or the whole model in it.
 
     class_labels: class names, taken in turn; None takes all classes in turn. What is None is as in
     the folder's recipe. Returns PIL images, and their class names (None if the adapter has no classes).
@@ -136,16 +136,13 @@ def generate(
         UserError: unknown class name, not an adapter folder, or another base than it was trained on.
     """
     recipe = load_recipe(Path(folder) / "recipe.yaml")
-    name = recipe.model.pretrained_model_name_or_path
-    if base is None and name.startswith("./"):
-        raise UserError(f"{folder} was trained on a base in a local folder. Say where it lies: --base PATH/{name[2:]}")
-    loaded = load_base(base or name, None if base else recipe.model.revision)
-    check_base(loaded, Path(folder))
+    loaded = base_of(Path(folder), recipe, base)
     names, rows = recipe.data.class_names, recipe.adapter.class_rows
     if class_labels and (names is None or rows is None):
         raise UserError(f"adapter {folder} has no classes; leave out --class_labels.")
     labels = None if names is None or rows is None else class_indices(names, class_labels, num_images)
-    merged = replace(loaded, unet=merge_adapter(loaded.unet, folder).to(device))
+    unet = loaded.unet if holds_whole_model(folder) else merge_adapter(loaded.unet, folder)
+    merged = replace(loaded, unet=unet.to(device))
     images = sample_images(
         merged,
         class_rows(loaded, rows, labels, num_images),
@@ -157,6 +154,24 @@ def generate(
         device=device,
     )
     return to_pil(images), None if labels is None or names is None else [names[i] for i in labels]
+
+
+def base_of(folder: Path, recipe: Recipe, base: str | None) -> BaseModel:
+    """The base that a folder's adapter goes on, loaded from `base` or from where the recipe says.
+
+    A folder with a whole model is its own base.
+
+    Raises:
+        UserError: nobody says where the base lies, or it is another than was trained on.
+    """
+    if holds_whole_model(folder):
+        return load_base(str(folder))
+    name = recipe.model.pretrained_model_name_or_path
+    if base is None and name.startswith("./"):
+        raise UserError(f"{folder} was trained on a base in a local folder. Say where it lies: --base PATH/{name[2:]}")
+    loaded = load_base(base or name, None if base else recipe.model.revision)
+    check_base(loaded, folder)
+    return loaded
 
 
 def check_base(base: BaseModel, folder: Path) -> None:

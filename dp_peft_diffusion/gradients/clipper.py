@@ -17,7 +17,7 @@ from dp_peft_diffusion.gradients.functional import (
     vmap_gradients,
     zeros,
 )
-from dp_peft_diffusion.gradients.refusals import check_model, trainable_layers
+from dp_peft_diffusion.gradients.refusals import check_model, refuse_float16, trainable_layers
 from dp_peft_diffusion.gradients.rules import has_rule
 from dp_peft_diffusion.gradients.taps import Pass
 
@@ -151,6 +151,7 @@ class PerSampleClipper:
                 "follow gradient checkpointing. Turn it off (model.disable_gradient_checkpointing()), or take an "
                 "adapter made of layers, such as lora."
             )
+        check = self.model.register_forward_pre_hook(lambda model, inputs: refuse_float16(first, *inputs))
         try:
             return vmap_gradients(self.model, loss_fn, batch)
         except (RuntimeError, NotImplementedError) as error:
@@ -158,8 +159,10 @@ class PerSampleClipper:
             raise UserError(
                 f"trainable module {first} ({kind.__module__}.{kind.__name__}) has no rule for per-example gradients, "
                 f"and torch.func cannot follow the model or the loss: {str(error).splitlines()[0]} "
-                "Take another adapter, such as lora or lokr."
+                "Take another adapter, such as lora or lokr; in bfloat16, float32 may be enough."
             ) from error
+        finally:
+            check.remove()
 
     def _gradients(self, losses: Tensor) -> Gradients:
         """{name: (b, *shape) float32} in the order of `parameters`; closes the pass."""

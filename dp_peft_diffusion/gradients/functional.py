@@ -61,11 +61,12 @@ class Clip:
         """Per-example gradients {name: (b, *shape) float32} -> clipped sum {name: shape float64}."""
         norms = flat_norms(gradients)
         usable = norms.isfinite()
+        all_usable = bool(usable.all())
         factors = torch.where(usable, self.factors(norms), 0.0)
         total = {}
         for name, gradient in gradients.items():
             rows = gradient.flatten(1)
-            if not usable.all():  # masked before it is multiplied: 0 * inf is NaN (invariant 4)
+            if not all_usable:  # masked before it is multiplied: 0 * inf is NaN (invariant 4)
                 rows = rows.masked_fill(~usable.unsqueeze(1), 0.0)
             total[name] = (factors @ rows.double()).view(gradient.shape[1:])
         return total

@@ -106,6 +106,8 @@ def _is_plain(layer: Any) -> bool:
     if adapter not in layer.lora_A or adapter in layer.lora_variant or layer.lora_bias[adapter]:
         return False
     a, b, base = layer.lora_A[adapter], layer.lora_B[adapter], layer.base_layer
+    if any(part._forward_hooks or part._forward_pre_hooks for part in (a, b, base)):
+        return False
     stock = type(base) in (nn.Linear, *CONVOLUTIONS) and type(a) is type(b) is type(base)
     float32 = all(weight.dtype == torch.float32 for part in (a, b, base) for weight in part.parameters())
     frozen_base = not any(weight.requires_grad for weight in base.parameters())

@@ -1,7 +1,10 @@
 """What of a model cannot be proved to keep the bound of one example; refused by name."""
 
+from typing import Any
+
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.gradients.functional import trainable
@@ -15,6 +18,21 @@ def trainable_layers(model: nn.Module) -> dict[str, nn.Module]:
         for path, module in model.named_modules()
         if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
     }
+
+
+def refuse_float16(layer: str, *tensors: Any) -> None:
+    """Refuse a forward in float16, by the tensors that a layer sees or by autocast.
+
+    Raises:
+        UserError: naming the layer and the reason.
+    """
+    device = next((tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)), "cpu")
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if torch.float16 in (autocast, *(tensor.dtype for tensor in tensors if isinstance(tensor, Tensor))):
+        raise UserError(
+            f"layer {layer} was run in float16, where small gradients become zero, and a gradient scaler's scale "
+            "would depend on private gradients. Use bfloat16 or float32."
+        )
 
 
 def check_model(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.gradients.functional import Gradients
 from dp_peft_diffusion.gradients.merged import MergedLora, merged_layers
-from dp_peft_diffusion.gradients.refusals import trainable_layers
+from dp_peft_diffusion.gradients.refusals import refuse_float16, trainable_layers
 from dp_peft_diffusion.gradients.rules import RULES
 
 
@@ -106,11 +106,7 @@ class Pass:
         """
         if self.b is None:
             raise UserError("these losses belong to the clipper: call clipper.clipped_sum(losses), not backward().")
-        if torch.float16 in (activations.dtype, backprops.dtype):
-            raise UserError(
-                f"layer {site.path} ({site.kind}) was run in float16, where small gradients become zero, and a "
-                "gradient scaler's scale would depend on private gradients. Use bfloat16 (--mixed_precision bf16) or float32."
-            )
+        refuse_float16(f"{site.path} ({site.kind})", activations, backprops)
         shape = tuple(activations.shape)
         if len(shape) < site.batched_dims or shape[0] == 0 or shape[0] % self.b:
             raise UserError(

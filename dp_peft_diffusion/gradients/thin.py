@@ -10,11 +10,12 @@ with x and some copies of r channels, where unfolding x would copy c channels on
 from collections.abc import Iterator
 from itertools import product
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Slices = tuple[slice, ...]
+Slices = tuple[Any, ...]  # one slice for each axis of space
 
 
 def is_thin(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
@@ -33,7 +34,7 @@ def thin_convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Ten
     products = torch.matmul(weight, x.flatten(2)).view(len(x), prod(kernel), -1, *space)
     total = products.new_zeros(len(x), layer.out_channels, *_output_space(layer, space))
     for offset, here, there in _moves(layer, space):
-        total[(..., *here)] += products[(slice(None), offset, slice(None), *there)]
+        total[..., *here] += products[:, offset, :, *there]
     return total
 
 
@@ -42,7 +43,7 @@ def thin_weight_gradient(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, dy
     kernel, space = layer.kernel_size, x.shape[2:]
     moved = dy.new_zeros(len(x), prod(kernel), dy.shape[1], *space)
     for offset, here, there in _moves(layer, space):
-        moved[(slice(None), offset, slice(None), *there)] = dy[(..., *here)]
+        moved[:, offset, :, *there] = dy[..., *here]
     gradient = sum_of_outer_products(moved.flatten(1, 2), x, b)  # (b, offsets * r, c)
     return gradient.view(b, *kernel, dy.shape[1], -1).movedim((-2, -1), (1, 2))
 

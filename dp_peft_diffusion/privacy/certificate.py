@@ -14,11 +14,12 @@ from typing import Any
 from dp_peft_diffusion.errors import PrivacyError, UserError
 from dp_peft_diffusion.privacy import accounting
 from dp_peft_diffusion.privacy.certificate_form import (
+    ADAPTER_FILES,
+    ALSO_HASHED,
     COVERS,
     EVENT,
     EXCLUDES,
-    HASHED_FILES,
-    REQUIRED_FILES,
+    MODEL_FILES,
     SCHEMA,
     UNIT,
     check_form,
@@ -66,6 +67,7 @@ def certificate(
     base: dict[str, str | None],
     folder: Path,
     key_source: str = "os",
+    gradient_check: str = "passed",
 ) -> dict[str, Any]:
     """The content of privacy.json for the files that lie in `folder`.
 
@@ -78,9 +80,9 @@ def certificate(
         noise_multiplicity: K.
         public_inputs: name -> text, number, bool, None or a list of these; N is added under zero_out.
         base: name, revision (None for a built-in) and sha256 of the base model.
-        folder: holds adapter_config.json, adapter_model.safetensors and recipe.yaml, and may hold
-            pytorch_lora_weights.safetensors and README.md.
+        folder: holds `ADAPTER_FILES`, or `MODEL_FILES` where the whole net trained, and may hold `ALSO_HASHED`.
         key_source: "os", or "given" when somebody chose the key, which `verify` refuses.
+        gradient_check: whether the start-up self-check of per-example gradients "passed" or was "skipped".
 
     Raises:
         UserError: the mechanism costs more than `epsilon`.
@@ -102,6 +104,7 @@ def certificate(
         "other_releases": [],
         "base": {"name": base["name"], "revision": base["revision"], "sha256": base["sha256"]},
         "key_source": key_source,
+        "gradient_check": gradient_check,
         "covers": COVERS,
         "excludes": EXCLUDES,
         "sha256": _file_hashes(Path(folder)),
@@ -131,7 +134,8 @@ def _accounting(mechanism: DPMechanism, delta: float) -> dict[str, Any]:
 
 
 def _file_hashes(folder: Path) -> dict[str, str]:
-    names = [name for name in HASHED_FILES if name in REQUIRED_FILES or (folder / name).exists()]
+    required = MODEL_FILES if (folder / MODEL_FILES[0]).exists() else ADAPTER_FILES
+    names = [*required, *(name for name in ALSO_HASHED if (folder / name).exists())]
     return {name: sha256_of(folder / name) for name in names}
 
 

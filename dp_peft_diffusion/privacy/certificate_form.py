@@ -12,10 +12,17 @@ from dp_peft_diffusion.privacy.promise import FALSE_POSITIVE_RATES, PROFILE_DELT
 SCHEMA = "dp-peft/privacy/1"
 UNIT = "one record: one image with its label"
 EVENT = "self-composed Poisson-sampled Gaussian"
-REQUIRED_FILES = ("adapter_config.json", "adapter_model.safetensors", "recipe.yaml")
-HASHED_FILES = (*REQUIRED_FILES, "pytorch_lora_weights.safetensors", "README.md")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "recipe.yaml")
+MODEL_FILES = (  # where the whole net trained
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "scheduler/scheduler_config.json",
+    "dp_peft_base.json",
+    "recipe.yaml",
+)
+ALSO_HASHED = ("pytorch_lora_weights.safetensors", "README.md")
 COVERS = [
-    "the adapter weights in this folder",
+    "the weights in this folder",
     "every image sampled from them, those in samples/ included",
     "metrics.jsonl",
 ]
@@ -82,7 +89,7 @@ def _public_inputs(value: Any) -> bool:
 def _file_hashes(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and set(REQUIRED_FILES) <= set(value) <= set(HASHED_FILES)
+        and any(set(files) <= set(value) <= {*files, *ALSO_HASHED} for files in (ADAPTER_FILES, MODEL_FILES))
         and all(map(_sha256, value.values()))
     )
 
@@ -123,6 +130,7 @@ _FORM: dict[str, Any] = {
     "other_releases": _one_of([]),
     "base": {"name": _text(1000), "revision": _or_none(_text(200)), "sha256": _sha256},
     "key_source": _one_of("os", "given"),
+    "gradient_check": _one_of("passed", "skipped"),
     "covers": _one_of(COVERS),
     "excludes": _one_of(EXCLUDES),
     "sha256": _file_hashes,

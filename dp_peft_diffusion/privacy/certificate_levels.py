@@ -6,7 +6,7 @@ from typing import Any
 
 from dp_peft_diffusion.errors import PrivacyError
 from dp_peft_diffusion.privacy import accounting
-from dp_peft_diffusion.privacy.certificate_form import HASHED_FILES
+from dp_peft_diffusion.privacy.certificate_form import ADAPTER_FILES, ALSO_HASHED, MODEL_FILES
 from dp_peft_diffusion.privacy.mechanism import DPMechanism
 from dp_peft_diffusion.privacy.promise import guarantee, statement
 from dp_peft_diffusion.privacy.untrusted import safetensors_header, sha256_of
@@ -38,10 +38,10 @@ def _check_files(folder: Path, document: dict[str, Any]) -> str:
     for name, digest in recorded.items():
         if sha256_of(folder / name) != digest:
             raise PrivacyError(f"{name} is not the file that was certified: its SHA-256 differs.")
-    for path in sorted(folder.iterdir()):
-        weights = path.suffix.lower() in WEIGHT_SUFFIXES
-        if (weights or path.name in HASHED_FILES) and path.name not in recorded:
-            raise PrivacyError(f"{path.name[:80]!r} lies in the folder, but was not certified. Remove it.")
+    for path in sorted(folder.rglob("*")):
+        name, weights = path.relative_to(folder).as_posix(), path.suffix.lower() in WEIGHT_SUFFIXES
+        if (weights or name in (*ADAPTER_FILES, *MODEL_FILES, *ALSO_HASHED)) and name not in recorded:
+            raise PrivacyError(f"{name[:80]!r} lies in the folder, but was not certified. Remove it.")
     return f"{', '.join(recorded)}: as certified. Other files are not hashed."
 
 
@@ -99,6 +99,12 @@ def _check_key(folder: Path, document: dict[str, Any]) -> str:
     return "The key of the noise is recorded as drawn from the operating system."
 
 
+def _check_gradients(folder: Path, document: dict[str, Any]) -> str:
+    if document["gradient_check"] == "skipped":
+        return "NOT CHECKED before training (--skip_self_check): that the clip bound held on this model."
+    return "Recorded: before training, per-example gradients of this model equalled those of examples one by one."
+
+
 LEVELS: dict[str, Callable[[Path, dict[str, Any]], str]] = {
     "files": _check_files,
     "weights": _check_weights,
@@ -106,4 +112,5 @@ LEVELS: dict[str, Callable[[Path, dict[str, Any]], str]] = {
     "epsilon": _check_epsilon,
     "figures": _check_figures,
     "key": _check_key,
+    "gradients": _check_gradients,
 }

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jinja2
 
+from dp_peft_diffusion.diffusion.adapter_kinds import KINDS, rows_alone
 from dp_peft_diffusion.recipe import Recipe
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -15,11 +16,14 @@ def render_card(certificate: dict, recipe: Recipe, subfolder: str | None, pixel_
     subfolder: where the UNet lies in the base's folder. last_grid: file name of the grid made after the last step.
     """
     guarantee, mechanism = certificate["guarantee"], certificate["mechanism"]
-    base = recipe.model.pretrained_model_name_or_path
+    base, whole = recipe.model.pretrained_model_name_or_path, recipe.adapter.kind == "full"
+    what = "whole model" if whole else f"{recipe.adapter.kind} adapter"
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined)
     return environment.get_template("card.md").render(
         certificate=certificate,
-        title=f"{recipe.adapter.kind} adapter, epsilon {guarantee['epsilon']:g}",
+        title=f"{what}, epsilon {guarantee['epsilon']:g}",
+        whole_model=whole,
+        kind=recipe.adapter.kind,
         base_name=base,
         base_arguments=base_arguments(base, subfolder),
         class_rows=recipe.adapter.class_rows and list(recipe.adapter.class_rows),
@@ -35,15 +39,17 @@ def render_card(certificate: dict, recipe: Recipe, subfolder: str | None, pixel_
             ("sampling probability", f"{mechanism['sampling_prob']:.6g}"),
             ("noise multiplier", mechanism["noise_multiplier"]),
             ("clipping", f"{mechanism['clipping']}, bound {mechanism['max_grad_norm']:g}"),
-            ("adapter", adapter_facts(recipe)),
+            ("trained", trained_facts(recipe)),
         ],
     )
 
 
-def adapter_facts(recipe: Recipe) -> str:
+def trained_facts(recipe: Recipe) -> str:
     """What trained, in words."""
-    spec, modules = recipe.adapter, recipe.adapter.target_modules or ()
-    facts = [f"LoRA of rank {spec.rank} on {', '.join(modules)}"] if modules else []
+    spec = recipe.adapter
+    facts = [] if rows_alone(spec) else [KINDS[spec.kind].what.format(rank=spec.rank)]
+    if facts and spec.target_modules is not None:
+        facts = [f"{spec.kind} of rank {spec.rank} on {', '.join(spec.target_modules)}"]
     if spec.class_rows:
         where = "whole rows" if spec.class_code_rank is None else f"{spec.class_code_rank} public directions"
         facts.append(f"class rows of {len(spec.class_rows)} classes, in {where}")

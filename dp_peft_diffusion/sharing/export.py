@@ -1,4 +1,4 @@
-"""The shareable folder: stock peft files, recipe, certificate and card, checked by loading them again."""
+"""The shareable folder: stock peft or diffusers files, recipe, certificate, card; checked by loading them again."""
 
 import copy
 import dataclasses
@@ -6,11 +6,20 @@ import json
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DModel
 from peft import PeftModel
 from safetensors import SafetensorError
 
-from dp_peft_diffusion.diffusion.adapters import CONFIG_FILE, Adapter, to_peft
-from dp_peft_diffusion.diffusion.base_model import BaseModel, load_base
+from dp_peft_diffusion.diffusion.adapters import (
+    CONFIG_FILE,
+    MODEL_FOLDER,
+    Adapter,
+    holds_whole_model,
+    to_peft,
+    whole_model,
+)
+from dp_peft_diffusion.diffusion.base_model import BaseModel, load_base, save_base
+from dp_peft_diffusion.diffusion.class_rows import without_spares
 from dp_peft_diffusion.errors import RunError
 from dp_peft_diffusion.privacy import certificate
 from dp_peft_diffusion.privacy.mechanism import DPMechanism
@@ -34,7 +43,13 @@ def export(
     Raises:
         RunError: the files, loaded again, do not give back the trained adapter.
     """
-    write_adapter(base, adapter, folder)
+    try:
+        if adapter.config is None:
+            write_model(base, adapter, folder)
+        else:
+            write_adapter(base, adapter, folder)
+    except SafetensorError as error:  # a full disk, among others; it is no OSError
+        raise RunError(f"the weights could not be written to {folder}: {error}. Nothing was published.") from error
     recipe = shareable_recipe(recipe)
     (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     check_reload(base, adapter.unet, recipe.adapter.class_rows, folder)
@@ -57,6 +72,7 @@ def export(
         },
         base={"name": public_base_name(base.name), "revision": base.revision, "sha256": base.sha256},
         folder=folder,
+        gradient_check="skipped" if recipe.train.skip_self_check else "passed",  # else `prepare` had refused
     )
     grids = sorted(path.name for path in (folder / "samples").glob("step-*.png"))
     card = render_card(facts, recipe, base.subfolder, base.layout.pixel_packing, grids[-1])
@@ -81,21 +97,30 @@ def shareable_recipe(recipe: Recipe) -> Recipe:
 
 def write_adapter(base: BaseModel, adapter: Adapter, folder: Path) -> None:
     """adapter_config.json and adapter_model.safetensors, as stock peft writes them, names sorted."""
-    try:
-        to_peft(base, adapter).save_pretrained(folder, save_embedding_layers=False)
-    except SafetensorError as error:  # a full disk, among others; it is no OSError
-        raise RunError(f"the adapter could not be written to {folder}: {error}. Nothing was published.") from error
+    to_peft(base, adapter).save_pretrained(folder, save_embedding_layers=False)
     config = json.loads((folder / CONFIG_FILE).read_text())
     config["base_model_name_or_path"] = public_base_name(base.name)
     config["target_modules"] = sorted(config["target_modules"])
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def write_model(base: BaseModel, adapter: Adapter, folder: Path) -> None:
+    """The whole net as a base of its own: what `load_base` and stock `from_pretrained` read."""
+    rows = () if adapter.class_rows is None else tuple(adapter.class_rows.rows.tolist())
+    save_base(folder, whole_model(base, adapter), base.scheduler, without_spares(base.layout, rows))
+    for path in folder.glob("*/*config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)  # where the base lay on this machine
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def check_reload(base: BaseModel, unet: torch.nn.Module, class_rows: tuple[int, ...] | None, folder: Path) -> float:
-    """Load the folder on a fresh base with stock peft; return how far it moves the outputs (invariant 14).
+    """Load the folder with stock peft on a fresh base, or with diffusers; return how far it moves the outputs.
+
+    This is invariant 14.
 
     Raises:
-        RunError: the re-loaded adapter answers differently from the trained one, or does nothing.
+        RunError: the re-loaded weights answer differently from the trained one, or does nothing.
     """
     reloaded = load_base(base.name, base.revision)
     if reloaded.sha256 != base.sha256:
@@ -111,11 +136,18 @@ def check_reload(base: BaseModel, unet: torch.nn.Module, class_rows: tuple[int, 
     trained_unet = copy.deepcopy(unet).cpu()  # a GPU may compute in TF32, which is too coarse for this comparison
     with torch.no_grad():
         before = fresh(x, t, class_labels=labels).sample
-        after = PeftModel.from_pretrained(copy.deepcopy(fresh), str(folder)).eval()(x, t, class_labels=labels).sample
+        after = stock_model(copy.deepcopy(fresh), folder)(x, t, class_labels=labels).sample
         trained = trained_unet(x, t, class_labels=labels).sample
     difference, change = (after - trained).abs().max().item(), (after - before).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, trained.abs().max().item()):
-        raise RunError(f"the exported adapter, loaded with peft, differs from the trained one by {difference:.3g}.")
+        raise RunError(f"the exported weights, loaded with stock tools, differ from the trained by {difference:.3g}.")
     if change == 0.0:
-        raise RunError("the exported adapter changes nothing: no step moved it. Try a larger --learning_rate.")
+        raise RunError("the exported weights change nothing: no step moved them. Try a larger --learning_rate.")
     return change
+
+
+def stock_model(base: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    """What somebody without this tool loads from the folder."""
+    if holds_whole_model(folder):
+        return UNet2DModel.from_pretrained(folder, subfolder=MODEL_FOLDER).eval()
+    return PeftModel.from_pretrained(base, str(folder)).eval()

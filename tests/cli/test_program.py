@@ -17,7 +17,7 @@ from dp_peft_diffusion import environment
 from dp_peft_diffusion.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("train", "pretrain", "sample", "verify", "inspect", "plan", "evaluate", "env")
+COMMANDS = ("train", "pretrain", "sample", "verify", "inspect", "plan", "evaluate", "bench", "env")
 HEAVY = {"torch", "torchvision", "diffusers", "peft", "transformers", "accelerate", "datasets", "opacus"}
 
 

@@ -9,13 +9,13 @@ from tiny_models import tiny_base_folder
 
 from dp_peft_diffusion.diffusion.adapters import (
     check_adapter_files,
-    code_directions,
     inject_adapter,
     load_adapter,
     merge_adapter,
     to_peft,
 )
 from dp_peft_diffusion.diffusion.base_model import load_base
+from dp_peft_diffusion.diffusion.class_rows import code_directions
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.recipe import Adapter
 
@@ -55,11 +55,6 @@ def test_only_lora_and_class_codes_train(base):
     assert "class_embedding.codes.weight" in names
 
 
-def test_freeze_a_trains_b_only(base):
-    frozen = Adapter(rank=2, target_modules=("to_q",), freeze_a=True)
-    assert all(".lora_B." in name for name in inject_adapter(base, frozen).trainable)
-
-
 def test_only_private_rows_move_and_the_null_row_stays(base):
     adapter = moved(base)
     rows = torch.arange(30)
@@ -72,9 +67,9 @@ def test_only_private_rows_move_and_the_null_row_stays(base):
     "spec",
     [
         SPEC,
-        Adapter(rank=1, target_modules=("to_k",), freeze_a=True),
+        Adapter(kind="ffa_lora", rank=1, target_modules=("to_k",)),
         Adapter(rank=1, target_modules=("to_k",), class_code_rank=3),
-        Adapter(rank=1, target_modules=(), class_code_rank=3),
+        Adapter(kind="class_rows", class_code_rank=3),
     ],
 )
 def test_stock_peft_reloads_the_same_outputs(base, inputs, tmp_path, spec):
@@ -98,7 +93,7 @@ def test_only_the_private_rows_are_saved(base, tmp_path):
     assert [tuple(row.shape) for row in rows] == [(3, base.unet.class_embedding.embedding_dim)]
 
 
-@pytest.mark.parametrize("spec", [SPEC, Adapter(rank=1, target_modules=(), class_code_rank=3)])
+@pytest.mark.parametrize("spec", [SPEC, Adapter(kind="class_rows", class_code_rank=3)])
 def test_merging_gives_a_plain_unet_with_the_same_outputs(base, inputs, tmp_path, spec):
     adapter = moved(base, spec)
     to_peft(base, adapter).save_pretrained(tmp_path, save_embedding_layers=False)
@@ -127,7 +122,7 @@ def test_code_directions_span_the_public_rows(base):
 
 def test_an_adapter_of_which_nothing_trains_is_refused(base):
     with pytest.raises(UserError, match="nothing would train"):
-        inject_adapter(base, Adapter(target_modules=()), 3)
+        inject_adapter(base, Adapter(kind="class_rows"))
 
 
 def test_every_target_name_must_match(base):
@@ -151,7 +146,12 @@ def test_given_rows_may_be_overwritten(base):
         ({"target_modules": "(([a-z_])+)+.X"}, "list of plain module names"),
         ({"target_modules": ["(a+)+b"]}, "list of plain module names"),
         ({"r": 2_000_000}, "rank"),
-        ({"peft_type": "IA3"}, "IA3"),
+        ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING"),
+        ({"modules_to_save": ["conv_in"]}, "modules_to_save"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "megatron"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"lora_dropout": 0.5}, "lora_dropout"),
         ({"r": 3}, "not of rank"),
     ],
 )

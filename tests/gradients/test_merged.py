@@ -126,6 +126,18 @@ def test_a_disabled_a_merged_or_a_second_adapter_is_left_to_peft():
     assert "layers.2" not in merged_layers(model)
 
 
+@pytest.mark.parametrize("part", ["base_layer", "lora_A.default", "lora_B.default"])
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_part_with_a_forward_hook_is_left_to_peft_and_stays_exact(part, register):
+    model, loss_fn, batch = adapted(nn.Linear(4, 6)), repeated_loss(2), (torch.randn(4, 4),)
+    layer = model.get_submodule(f"layers.2.{part}")
+    doubled = (lambda m, x: (2 * x[0],)) if register == "register_forward_pre_hook" else (lambda m, x, y: 2 * y)
+    getattr(layer, register)(doubled)
+    assert list(merged_layers(model)) == ["layers.0"]
+    expected = loop_clipped_sum(model, loss_fn, batch, FLAT)
+    assert relative_error(clipper_for(model, FLAT).clipped_sum_of(loss_fn, batch), expected) < 1e-5
+
+
 def test_weights_that_change_between_steps_are_merged_again():
     model, loss_fn, batch = adapted(nn.Linear(4, 6)), repeated_loss(1), (torch.randn(4, 4),)
     clipper = clipper_for(model, FLAT)

@@ -1,4 +1,11 @@
-"""What one record can do to the clipped sum, whatever its values."""
+"""What one record can do to the clipped sum, whatever its values.
+
+First hypothesis looks for counterexamples in small batches that it can shrink. Then, in each of `CASES`, it makes
+`CHAINS` batches and takes their `RECORDS` records out one after the other, which gives RECORDS + 1 batches each, every
+one a neighbour of the one before: more than 10,000 batches together.
+"""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -6,6 +13,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from dp_peft_diffusion.gradients.functional import Clip
@@ -160,3 +168,149 @@ def test_the_clip_function_is_its_closed_form_on_any_float32(clip, rows):
             assert shrink * norm <= C
             expected += row * shrink
     assert np.abs(found - expected).max() <= 1e-12
+
+
+CHAINS, RECORDS = 56, 6
+SPECIAL = np.array([np.nan, np.inf, -np.inf, 3e38, -3e38, 1e19, 1e-20, 1e-45, 0.0, 1.0], np.float32)
+EXPONENTS = np.array([0, 0, 0, -30, -5, 5, 19, 37])
+
+
+def lora_net():
+    """Runs merged in float32 and as three branches in bfloat16."""
+    config = LoraConfig(r=1, lora_alpha=2, target_modules=["layers.0", "layers.3"], init_lora_weights=False)
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(32, 2)
+    return inject_adapter_in_model(config, Layers(*layers)).eval()
+
+
+def norm_net():
+    torch.manual_seed(0)
+    return Layers(nn.Conv2d(1, 2, 3), nn.GroupNorm(2, 2), nn.Flatten(), nn.LayerNorm(8), nn.RMSNorm(8), nn.Linear(8, 2))
+
+
+class RawNet(nn.Module):
+    """Goes by torch.func."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(2, SIDE * SIDE))
+        self.eval()
+
+    def forward(self, x):
+        return x.flatten(1) @ self.weight.T
+
+
+NETS = {"tanh": small_net, "linear": no_activation_net, "lora": lora_net, "norms": norm_net, "raw": RawNet}
+PRECISIONS = ("float32", "bfloat16")
+NULLED = list(itertools.product(NETS, PRECISIONS, CLIPS[:2]))
+REMOVED = list(itertools.product(PRECISIONS, CLIPS))
+CASES = [*NULLED, *REMOVED]
+
+
+def autocast_loss(loss_fn, precision):
+    def loss_of(model, batch):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            return loss_fn(model, batch).float()
+
+    return loss_of
+
+
+def linear_loss(k):
+    """An example's own gradient has the same bits wherever it stands in a batch."""
+
+    def loss_fn(model, batch):
+        x, weights = batch
+        return weights * model(x.repeat_interleave(k, dim=0)).sum(dim=1).view(-1, k).mean(dim=1)
+
+    return loss_fn
+
+
+def made_up_records(seed):
+    """(RECORDS, 1, s, s): normal numbers of all sizes, some constant or with one special number, or all equal."""
+    draw = np.random.default_rng(seed)
+    records = draw.normal(size=(RECORDS, SIDE * SIDE)) * 10.0 ** draw.choice(EXPONENTS, (RECORDS, 1))
+    records = np.clip(records, -3.4e38, 3.4e38).astype(np.float32)
+    for record in records:
+        special, how = draw.choice(SPECIAL), draw.integers(4)
+        if how == 0:
+            record[:] = special
+        elif how == 1:
+            record[draw.integers(record.size)] = special
+    if draw.random() < 0.15:
+        records[:] = records[0]
+    return records.reshape(RECORDS, 1, SIDE, SIDE)
+
+
+def chunked_sum(clipper, loss_fn, records, size):
+    """The sum over micro-batches of one size, the last padded with null records, as training does it."""
+    total = clipper.zeros()
+    for start in range(0, len(records), size):
+        chunk = records[start : start + size]
+        padding = size - len(chunk)
+        weights = torch.cat([torch.ones(len(chunk)), torch.zeros(padding)])
+        x = np.concatenate([chunk, np.zeros((padding, 1, SIDE, SIDE), np.float32)])
+        part = clipper.clipped_sum_of(loss_fn, tensors(x, weights))
+        total = {name: total[name] + part[name] for name in total}
+    return total
+
+
+def examine(sums_of):
+    """`sums_of(records, k, size)` yields the clipped sums of a chain of neighbours; check and count CHAINS chains."""
+    examined = 0
+
+    @settings(max_examples=CHAINS)
+    @given(st.integers(0, 2**64), st.integers(1, 8), st.integers(1, 4))
+    def run(seed, k, size):
+        nonlocal examined
+        sums = list(sums_of(made_up_records(seed), k, size))
+        assert all(is_finite(total) for total in sums)
+        assert all(distance(total, without) <= BOUND for total, without in itertools.pairwise(sums))
+        examined += len(sums)
+
+    run()
+    assert examined >= CHAINS * (RECORDS + 1)
+
+
+@pytest.mark.parametrize("net, precision, clip", NULLED, ids=str)
+def test_replacing_records_by_nothing_one_by_one_moves_the_sum_by_at_most_c_each(net, precision, clip):
+    clipper = clipper_for(NETS[net](), clip)
+
+    def sums_of(records, k, size):
+        loss_fn, batch = autocast_loss(squared_loss(k), precision), tensors(records)
+        yield clipper.clipped_sum_of(loss_fn, batch)
+        for i in range(RECORDS):
+            batch = nulled(batch, i)
+            yield clipper.clipped_sum_of(loss_fn, batch)
+
+    examine(sums_of)
+
+
+@pytest.mark.parametrize("precision, clip", REMOVED, ids=str)
+def test_a_removal_that_shifts_all_later_micro_batches_moves_the_sum_by_at_most_c(precision, clip):
+    torch.manual_seed(0)
+    clipper = clipper_for(Layers(nn.Flatten(), nn.Linear(SIDE * SIDE, 2)), clip)
+
+    def sums_of(records, k, size):
+        loss_fn = autocast_loss(linear_loss(k), precision)
+        for first in range(RECORDS + 1):  # down to an empty batch
+            yield chunked_sum(clipper, loss_fn, records[first:], size)
+
+    examine(sums_of)
+
+
+def test_more_than_ten_thousand_batches_are_examined():
+    assert len(CASES) * CHAINS * (RECORDS + 1) > 10_000
+
+
+@pytest.mark.parametrize("clip", CLIPS, ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_among_4096_aligned_gradients_one_record_moves_the_sum_by_at_most_c(precision, clip):
+    torch.manual_seed(0)
+    clipper = clipper_for(Layers(nn.Flatten(), nn.Linear(SIDE * SIDE, 2)), clip)
+    records, loss_fn = np.ones((4096, 1, SIDE, SIDE), np.float32), autocast_loss(linear_loss(2), precision)
+    total = chunked_sum(clipper, loss_fn, records, 500)
+    without = chunked_sum(clipper, loss_fn, records[1:], 500)
+    norm = distance(total, clipper.zeros())
+    assert norm == pytest.approx(4096 * C, rel=5e-3)  # all in one direction
+    assert 0.99 * C < distance(total, without) <= BOUND

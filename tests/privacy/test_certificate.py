@@ -41,7 +41,7 @@ def test_an_honest_folder_passes_every_level(folder):
     assert report.ok, report.levels
     assert report.epsilon == 1.0
     assert [name for name, _, _ in report.levels] == [
-        "certificate", "files", "weights", "mechanism", "epsilon", "figures", "key",
+        "certificate", "files", "weights", "mechanism", "epsilon", "figures", "key", "gradients",
     ]  # fmt: skip
     assert all(sentence.endswith(".") for _, _, sentence in report.levels)
     assert len(CANNOT_PROVE) == 6
@@ -51,7 +51,7 @@ def test_the_certificate_has_the_documented_keys_and_exact_numbers(folder):
     document = certificate.read(folder)
     assert " ".join(document) == (
         "schema statement guarantee unit neighboring_relation mechanism accounting public_inputs tuning "
-        "other_releases base key_source covers excludes sha256"
+        "other_releases base key_source gradient_check covers excludes sha256"
     )
     assert " ".join(document["guarantee"]) == "epsilon delta mu_gdp profile max_tpr_at_fpr"
     assert document["public_inputs"] == {"class_names": ["0", "1", "déjà vu"], "resolution": 32, "num_examples": N}

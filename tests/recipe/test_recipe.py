@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.recipe import (
+    ADAPTER_KINDS,
     Adapter,
     Data,
     Model,
@@ -47,7 +48,7 @@ def refused(tmp_path, text, *words, overrides=EPSILON):
 
 def test_defaults_are_those_of_the_specification():
     assert Model() == Model(pretrained_model_name_or_path="builtin:handwriting", revision=None)
-    assert Adapter() == Adapter(kind="lora", rank=4, target_modules=("to_q", "to_k", "to_v", "to_out.0"))
+    assert Adapter() == Adapter(kind="lora", rank=4, target_modules=None)
     assert (Privacy().delta, Privacy().max_grad_norm, Privacy().clipping) == (1e-5, 1.0, "automatic")
     assert (Train().train_batch_size, Train().max_train_steps, Train().seed) == (256, 100, 0)
     assert (Sample().every, Sample().num_images, Sample().scheduler) == (0, 80, "ddim")
@@ -326,3 +327,27 @@ def test_reading_recipes_imports_neither_torch_nor_numpy():
     )
     root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+def test_loha_is_refused_with_the_reason_and_what_to_use(tmp_path):
+    refused(tmp_path, "adapter: {kind: loha}", "vmap", "layer rule", "--adapter lokr", "--adapter lora")
+
+
+def test_any_other_unknown_kind_is_refused_with_the_list(tmp_path):
+    refused(tmp_path, "adapter: {kind: dorra}", "Did you mean 'dora'", *ADAPTER_KINDS)
+
+
+@pytest.mark.parametrize("kind", ["bitfit", "class_rows", "full"])
+def test_a_kind_that_knows_what_it_trains_takes_no_target_modules(tmp_path, kind):
+    refused(tmp_path, f"adapter: {{kind: {kind}, target_modules: [to_q]}}", "--target_modules", kind)
+
+
+def test_a_rotation_of_one_number_is_refused(tmp_path):
+    refused(tmp_path, "adapter: {kind: oft, rank: 1}", "--rank 1", "--rank 4")
+
+
+def test_another_kind_over_a_recipe_takes_its_own_targets():
+    digits = recipe_path("digits")
+    assert load_recipe(digits, {"adapter.kind": "lora"}) == load_recipe(digits)
+    assert load_recipe(digits, {"adapter.kind": "dora"}).adapter.target_modules is None
+    assert load_recipe(digits, {"adapter.kind": "ia3", "adapter.target_modules": ("to_q",)}).adapter.target_modules

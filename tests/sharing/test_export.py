@@ -42,6 +42,17 @@ def exported(tmp_path_factory):
     return folder, base, adapter, recipe, facts
 
 
+@pytest.mark.parametrize("file", ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "samples/more.bin"])
+def test_weights_that_were_not_certified_are_found_in_any_subfolder(exported, tmp_path, file):
+    folder, *_ = exported
+    more = tmp_path / "more"
+    shutil.copytree(folder, more)
+    (more / file).parent.mkdir(exist_ok=True)
+    (more / file).write_bytes(b"{}")
+    (failed,) = [text for name, ok, text in verify(more).levels if not ok]
+    assert file in failed and "not certified" in failed
+
+
 def test_an_exported_folder_verifies(exported):
     folder, *_, facts = exported
     assert verify(folder).ok
@@ -79,5 +90,5 @@ def test_an_export_that_does_not_reload_the_same_is_caught(exported, tmp_path, p
     tensors = {name: tensor * (1.01 if plant == "changed" else 0) for name, tensor in tensors.items()}
     save_file(tensors, broken / "adapter_model.safetensors", {"format": "pt"})
     unet = adapter.unet if plant == "changed" else base.unet
-    with pytest.raises(RunError, match="differs" if plant == "changed" else "changes nothing"):
+    with pytest.raises(RunError, match="differ" if plant == "changed" else "change nothing"):
         check_reload(base, unet, ROWS, broken)

@@ -8,12 +8,11 @@ import stat
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from scipy.stats import chi2
 from tiny_models import tiny_base_folder
 
-from dp_peft_diffusion import preparation, training
+from dp_peft_diffusion import batches, preparation, rehearsal, training
 from dp_peft_diffusion.errors import RunError, UserError
 from dp_peft_diffusion.privacy.certificate import verify
 from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, Recipe, Sample, Train
@@ -224,11 +223,11 @@ def test_a_dropped_label_is_the_null_row_and_the_others_are_the_rows_of_their_cl
     wanted = changed(changed(recipe, "adapter", class_rows=(10, 11)), "train", label_dropout=0.4, noise_multiplicity=50)
     labels = torch.arange(40) % 2
     inputs = (torch.zeros(40, 1, 16, 16), labels, torch.ones(40), np.arange(40), KEY, 3)
-    rows = preparation.make_batch(wanted, loaded, *inputs)["rows"]
+    rows = batches.make_batch(wanted, loaded, *inputs)["rows"]
     dropped = rows == loaded.layout.null_class
     assert dropped.double().mean().item() == pytest.approx(0.4, abs=5 * (0.24 / 2000) ** 0.5)
     assert torch.equal(rows[~dropped], (10 + labels)[:, None].expand(-1, 50)[~dropped])
-    kept = preparation.make_batch(changed(wanted, "train", label_dropout=0.0), loaded, *inputs)["rows"]
+    kept = batches.make_batch(changed(wanted, "train", label_dropout=0.0), loaded, *inputs)["rows"]
     assert torch.equal(kept, (10 + labels)[:, None].expand(-1, 50))
 
 
@@ -251,7 +250,7 @@ def test_without_privacy_nothing_is_exported_and_no_certificate_is_written(recip
 
 def test_an_export_that_changes_nothing_fails(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "apply_update", lambda *arguments: None)
-    with pytest.raises(RunError, match="changes nothing"):
+    with pytest.raises(RunError, match="change nothing"):
         train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -273,21 +272,62 @@ def test_more_than_one_process_is_refused_naming_the_limit(recipe, tmp_path, mon
         prepare(recipe, tmp_path / "run")
 
 
-@pytest.fixture
-def fresh_accelerate():
-    """accelerate keeps its precision for the whole process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+@pytest.mark.parametrize("slower, chosen", [("bf16", "no"), ("no", "bf16")])
+def test_auto_precision_is_the_faster_one_and_stands_in_the_resolved_recipe(
+    recipe, tmp_path, monkeypatch, slower, chosen
+):
+    clock, original = [0.0], rehearsal.make_loss
+
+    def timed_loss(base, mixed_precision="no"):
+        loss_fn = original(base, mixed_precision)
+
+        def run_slowly(unet, batch):
+            clock[0] += 2.0 if mixed_precision == slower else 1.0
+            return loss_fn(unet, batch)
+
+        return run_slowly
+
+    monkeypatch.setattr(rehearsal, "make_loss", timed_loss)
+    monkeypatch.setattr(rehearsal.time, "monotonic", lambda: clock[0])
+    prepared = prepare(changed(recipe, "train", mixed_precision="auto"), tmp_path / "run")
+    assert prepared.recipe.train.mixed_precision == chosen
+    assert any("1.00 s" in note and "2.00 s" in note for note in prepared.notes)
+    monkeypatch.setattr(rehearsal, "choose_precision", lambda *args: pytest.fail("measured again"))
+    prepare(prepared.recipe, tmp_path / "again")
 
 
-def test_another_precision_in_one_process_is_refused_with_the_way_out(recipe, tmp_path, fresh_accelerate):
-    prepare(recipe, tmp_path / "run")
-    with pytest.raises(UserError, match="new process"):
-        prepare(changed(recipe, "train", mixed_precision="bf16"), tmp_path / "run")
+def test_a_bfloat16_loss_runs_the_network_in_bfloat16_and_itself_in_float32(recipe, tmp_path):
+    prepared = prepare(recipe, tmp_path / "run")
+    batch = batches.made_up_batch(prepared.recipe, prepared.base, 2)
+    exact = batches.make_loss(prepared.base)(prepared.adapter.unet, batch)
+    coarse = batches.make_loss(prepared.base, "bf16")(prepared.adapter.unet, batch)
+    assert exact.dtype == coarse.dtype == torch.float32
+    assert not torch.equal(exact, coarse) and torch.allclose(exact, coarse, rtol=0.05)
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
+def test_gradients_that_fail_the_self_check_stop_the_run_before_anything_is_spent(recipe, tmp_path, monkeypatch):
+    original = rehearsal.make_loss
+
+    def mixing_loss(*args):
+        loss_fn = original(*args)
+        return lambda unet, batch: loss_fn(unet, batch) * loss_fn(unet, batch).mean()
+
+    monkeypatch.setattr(rehearsal, "make_loss", mixing_loss)
+    with pytest.raises(UserError, match="self-check"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run.private").exists()
+
+
+@pytest.mark.parametrize("skip, recorded", [(False, "passed"), (True, "skipped")])
+def test_the_certificate_says_whether_gradients_were_checked(recipe, tmp_path, monkeypatch, skip, recorded):
+    ran, original = [], rehearsal.check_gradients
+    monkeypatch.setattr(rehearsal, "check_gradients", lambda *args: ran.append(1) or original(*args))
+    result = train(changed(recipe, "train", skip_self_check=skip), tmp_path / "run")
+    assert result.certificate["gradient_check"] == recorded and bool(ran) is not skip
+    sentence = {name: text for name, _, text in verify(result.folder).levels}["gradients"]
+    assert ("NOT CHECKED" in sentence) is skip
+
+
 def test_a_bfloat16_forward_keeps_the_sum_in_float64_and_the_promise(recipe, tmp_path, monkeypatch):
     seen = []
     original = training.privatize
