@@ -58,7 +58,8 @@ class PerSampleClipper:
         self.model = model
         self.parameters = trainable(model)
         check_model(model)
-        self._without_rule = [path for path, layer in trainable_layers(model).items() if not has_rule(layer)]
+        self._layers = trainable_layers(model)
+        self._without_rule = [path for path, layer in self._layers.items() if not has_rule(layer)]
         self.path = "vmap" if self._without_rule else "hooks"
         self._pass: Pass | None = None
 
@@ -113,7 +114,7 @@ class PerSampleClipper:
             )
         self._close()
         self._check_unchanged()
-        self._pass = Pass(self.model)
+        self._pass = Pass(self.model, self._layers)
         return self
 
     def __exit__(
@@ -135,7 +136,8 @@ class PerSampleClipper:
         return self.clip.sum(self._gradients(losses))
 
     def _check_unchanged(self) -> None:
-        check_model(self.model)
+        if any(module.training for module in self.model.modules()):
+            check_model(self.model)  # names it
         if {id(p) for p in trainable(self.model).values()} != {id(p) for p in self.parameters.values()}:
             raise UserError(
                 "other parameters require a gradient now than when the clipper was made. Make a new PerSampleClipper."

@@ -65,17 +65,27 @@ class Clip:
         factors = torch.where(usable, self.factors(norms), 0.0)
         total = {}
         for name, gradient in gradients.items():
-            rows = gradient.flatten(1)
+            axes = _axes_in_memory(gradient)
+            rows = gradient.permute(0, *axes).flatten(1)
             if not all_usable:  # masked before it is multiplied: 0 * inf is NaN (invariant 4)
                 rows = rows.masked_fill(~usable.unsqueeze(1), 0.0)
-            total[name] = (factors @ rows.double()).view(gradient.shape[1:])
+            summed = (factors @ rows.double()).view([gradient.shape[axis] for axis in axes])
+            total[name] = summed.permute([axes.index(axis) for axis in range(1, gradient.dim())]).contiguous()
         return total
 
 
 def flat_norms(gradients: Gradients) -> Tensor:
     """{name: (b, *shape) float32} -> Euclidean norm over all tensors of each example, (b,) float64 (invariant 4)."""
-    norms = [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) for g in gradients.values()]
+    norms = [
+        torch.linalg.vector_norm(gradient.permute(0, *_axes_in_memory(gradient)).flatten(1).double(), dim=1)
+        for gradient in gradients.values()
+    ]
     return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+
+def _axes_in_memory(gradient: Tensor) -> list[int]:
+    """The axes after the first in the order they lie in memory: flattened so, a permuted gradient is not copied."""
+    return sorted(range(1, gradient.dim()), key=lambda axis: -gradient.stride(axis))
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

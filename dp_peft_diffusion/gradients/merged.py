@@ -67,8 +67,9 @@ class MergedLora:
             u = self._through_b(dy)
             found[f"{self.prefixes['A']}.weight"] = RULES[type(self.a)].gradients(self.a, x, u, b)["weight"]
         if self.b.weight.requires_grad:
-            v = self._through_a(x).mul_(self.scale)
-            found[f"{self.prefixes['B']}.weight"] = RULES[type(self.b)].gradients(self.b, v, dy, b)["weight"]
+            v = self._through_a(x)
+            gradient = RULES[type(self.b)].gradients(self.b, v, dy, b)["weight"]
+            found[f"{self.prefixes['B']}.weight"] = gradient.mul_(self.scale)
         return found
 
     def _through_a(self, x: Tensor) -> Tensor:
@@ -83,10 +84,10 @@ class MergedLora:
 
     def _through_b(self, dy: Tensor) -> Tensor:
         """Returns s B^T dy, of the same shape."""
+        weight = self.b.weight.detach() * self.scale  # detached: else torch.matmul copies dy to fold its rows
         if isinstance(self.b, nn.Linear):
-            return (dy @ self.b.weight.detach()).mul_(self.scale)
-        weight = self.b.weight.detach().flatten(1).mT  # detached: else torch.matmul copies dy to fold its rows
-        return torch.matmul(weight, dy.flatten(2)).mul_(self.scale).unflatten(2, dy.shape[2:])
+            return dy @ weight
+        return torch.matmul(weight.flatten(1).mT, dy.flatten(2)).unflatten(2, dy.shape[2:])
 
 
 def merged_layers(model: nn.Module) -> dict[str, MergedLora]:

@@ -47,15 +47,24 @@ def check_model(model: nn.Module) -> None:
         problem = _module_problem(module)
         if problem:
             raise UserError(f"module {path or '(the model)'} ({type(module).__name__}) {problem}")
-    for path, layer in trainable_layers(model).items():
-        problem = layer_problem(layer)
-        if problem:
-            raise UserError(f"trainable module {path or '(the model)'} ({type(layer).__name__}) {problem}")
+    check_layers(trainable_layers(model))
     seen: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = seen.setdefault(id(parameter), name)
         if parameter.requires_grad and first != name:
             raise UserError(f"trainable parameter {name} is tied to {first}. Untie them, or freeze both.")
+
+
+def check_layers(layers: dict[str, nn.Module]) -> None:
+    """Refuse layers with trainable parameters that cannot be clipped; path -> layer.
+
+    Raises:
+        UserError: the first one.
+    """
+    for path, layer in layers.items():
+        problem = layer_problem(layer)
+        if problem:
+            raise UserError(f"trainable module {path or '(the model)'} ({type(layer).__name__}) {problem}")
 
 
 def _module_problem(module: nn.Module) -> str | None:

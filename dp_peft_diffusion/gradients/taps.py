@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.gradients.functional import Gradients
 from dp_peft_diffusion.gradients.merged import MergedLora, merged_layers
-from dp_peft_diffusion.gradients.refusals import refuse_float16, trainable_layers
+from dp_peft_diffusion.gradients.refusals import check_layers, refuse_float16
 from dp_peft_diffusion.gradients.rules import RULES
 
 
@@ -50,15 +50,16 @@ class Leaf:
 class Pass:
     """One forward and backward: the patched layers, and the per-example gradients as they arrive."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
+        check_layers(layers)
         self.b: int | None = None
         self.gradients: Gradients = {}
         self.anchor = torch.empty(0, requires_grad=True)  # makes taps run where no input requires a gradient
         self.patched: list[nn.Module] = []
-        for path, layer in trainable_layers(model).items():
+        for path, layer in layers.items():
             self._patch(layer, self._tapped_forward(Leaf(path, layer)))
-        for path, merged in merged_layers(model).items():
-            self._patch(model.get_submodule(path), self._merged_forward(merged))
+        for merged in merged_layers(model).values():
+            self._patch(merged.layer, self._merged_forward(merged))
 
     def close(self) -> None:
         """Take the taps off; let go of what the losses' graph would keep alive."""
