@@ -23,6 +23,7 @@ from dp_peft_diffusion.rehearsal import (
     choose_gamma,
     choose_precision,
     measure_micro_batch,
+    set_memory_format,
 )
 from dp_peft_diffusion.run_folder import RunFolder
 
@@ -83,6 +84,7 @@ def prepare(recipe: Recipe, output_dir: Path | str) -> Prepared:
         precision, note = choose_precision(recipe, base, clipper)
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, mixed_precision=precision))
         notes += (note,)
+    set_memory_format(adapter.unet, recipe.train.mixed_precision)
     if not recipe.train.skip_self_check:
         check_clipper(recipe, base, clipper)
     measured = measure_micro_batch(recipe, base, clipper)

@@ -55,7 +55,9 @@ class Adapter:
     target_modules: tuple[str, ...] | None = option(
         None, help="ends of names of modules that are adapted; none: the kind's own"
     )
-    class_code_rank: int | None = option(None, at_least=1, help="public directions class rows move in; none: all")
+    class_code_rank: int | None = option(
+        None, at_least=1, below=257, help="public directions class rows move in; none: all"
+    )
     class_rows: tuple[int, ...] | None = option(
         None, at_least=0, help="rows of the class table that may be overwritten, for a base without spare rows"
     )

@@ -35,7 +35,7 @@ from dp_peft_diffusion.diffusion.class_rows import (
     code_directions,
     with_class_rows,
 )
-from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.errors import RunError, UserError
 
 # peft says so of LNTuningConfig on any layer but LayerNorm; the tests show that it works.
 warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning, "peft")
@@ -164,10 +164,13 @@ def as_peft(fresh: nn.Module, trained: nn.Module, config: PeftConfig | None) -> 
     with torch.random.fork_rng():
         model = get_peft_model(fresh, config)
     held = model.base_model.model.state_dict()  # the tensors themselves
+    moving = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
         for name, value in trained.state_dict().items():
-            if name in held:  # not so the class rows, which `ClassRows.write_to` writes
+            if name in held:
                 held[name].copy_(value * scale if ".lora_B." in name else value)
+            elif name in moving and not name.startswith(f"{CLASS_TABLE}."):  # class rows: `ClassRows.write_to`
+                raise RunError(f"stock peft has no place for {name}, which trained. Nothing was written.")
     return model.eval()
 
 
@@ -212,6 +215,8 @@ def merge_adapter(model: nn.Module, folder: Path | str, weight: float = 1.0) -> 
     base_weights = {name: value.clone() for name, value in model.float().state_dict().items()}
     if holds_whole_model(folder):
         merged = load_base(str(folder)).unet.float().to(next(iter(base_weights.values())).device)
+        if {n: v.shape for n, v in merged.state_dict().items()} != {n: v.shape for n, v in base_weights.items()}:
+            raise UserError(f"the model in {folder} is not of the shape of the base. Give the base it was trained on.")
     else:
         merged = load_adapter(model, folder).merge_and_unload()
     if weight != 1.0:
@@ -251,8 +256,11 @@ def _config_problem(config: dict[str, Any]) -> str | None:
     if kind not in PEFT_CONFIGS:
         return f"peft_type {kind!r}; this version opens {', '.join(PEFT_CONFIGS)}."
     targets = config.get("target_modules")
-    if not isinstance(targets, list) or not all(re.fullmatch(r"[\w.]{1,200}", str(target)) for target in targets):
+    if not isinstance(targets, list) or not all(map(_is_plain_name, targets)):
         return "target_modules must be a list of plain module names."
+    for key in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):  # peft takes names there for patterns
+        if not all(map(_is_plain_name, config.get(key) or {})):
+            return f"{key} must be of plain module names."
     for value in [*([config.get(SIZES[kind])] if kind in SIZES else []), *(config.get("rank_pattern") or {}).values()]:
         if not isinstance(value, int) or not 1 <= value <= MAX_RANK:
             return f"rank {value!r} is not between 1 and {MAX_RANK}."
@@ -263,6 +271,10 @@ def _config_problem(config: dict[str, Any]) -> str | None:
         if key not in _SAID and value and value != usual.get(key):
             return f"{key} {value!r} in {CONFIG_FILE} is nothing that this tool writes."
     return None
+
+
+def _is_plain_name(name: Any) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[\w.]{1,200}", name) is not None
 
 
 def _tensor_problem(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> str | None:

@@ -25,8 +25,10 @@ from dp_peft_diffusion.gradients.taps import Pass
 class PerSampleClipper:
     """Sums per-example gradients, each clipped to `max_grad_norm` over all trainable tensors together.
 
-    What always holds of a sum: any one example, whatever its values and however many rows it has, moves it by at
-    most max_grad_norm; it is finite, and float64.
+    What holds of a sum: any one example, whatever its values and however many rows it has, moves it by at most
+    max_grad_norm; it is finite, and float64. This needs a model and a loss that keep examples apart. What can be seen
+    of that is refused by name; `check_gradients` finds the rest (a table of T rows for a batch of b looks like T / b
+    rows of each example, a loss may mix examples): run it once before training.
 
         clipper = PerSampleClipper(unet, max_grad_norm=1.0)
         total = clipper.clipped_sum_of(loss_fn, batch)      # loss_fn(model, batch) -> losses (b,)
@@ -36,7 +38,6 @@ class PerSampleClipper:
         total = clipper.clipped_sum(losses)
 
     Every trainable layer must see b * k rows for the b losses, example-major (row i * k + j is row j of example i).
-    `check_gradients` compares a model and its loss with the one-by-one loop.
 
     Args:
         model: in eval mode; the parameters that require a gradient are the ones that are clipped.
@@ -153,9 +154,14 @@ class PerSampleClipper:
                 "follow gradient checkpointing. Turn it off (model.disable_gradient_checkpointing()), or take an "
                 "adapter made of layers, such as lora."
             )
-        check = self.model.register_forward_pre_hook(lambda model, inputs: refuse_float16(first, *inputs))
+        check = self.model.register_forward_pre_hook(
+            lambda model, inputs, named: refuse_float16(first, *inputs, *named.values(), *self.parameters.values()),
+            with_kwargs=True,
+        )
         try:
             return vmap_gradients(self.model, loss_fn, batch)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, NotImplementedError) as error:
             kind = type(self.model.get_submodule(first))
             raise UserError(
@@ -178,7 +184,14 @@ class PerSampleClipper:
                 )
             for parameter in self.parameters.values():
                 parameter.grad = None
-            self._pass.backward(losses)
+            try:
+                self._pass.backward(losses, list(self.parameters.values()))
+            except RuntimeError as error:
+                if "use_reentrant" not in str(error):
+                    raise
+                raise UserError(
+                    "a reentrant checkpoint hides its layers from the clipper. Use use_reentrant=False."
+                ) from error
             self._refuse_other_paths()
             return {name: self._gradient_of(name) for name in self.parameters}
         finally:
@@ -199,8 +212,9 @@ class PerSampleClipper:
         gradients = self._pass.gradients if self._pass else {}
         if name not in gradients:
             raise UserError(
-                f"trainable parameter {name} got no gradient: its layer was not called, or its output does not reach "
-                "the losses (or reentrant checkpointing cut it off: use_reentrant=False). Freeze it, or call it."
+                f"trainable parameter {name} got no gradient: its layer was not called in this pass, or its output "
+                "does not reach the losses (reentrant checkpointing may cut it off: use_reentrant=False). "
+                "Freeze it, or call it, and compute losses inside their own `with clipper:`."
             )
         return gradients[name]
 

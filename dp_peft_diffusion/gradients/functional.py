@@ -85,7 +85,7 @@ def flat_norms(gradients: Gradients) -> Tensor:
 
 def _axes_in_memory(gradient: Tensor) -> list[int]:
     """The axes after the first in the order they lie in memory: flattened so, a permuted gradient is not copied."""
-    return sorted(range(1, gradient.dim()), key=lambda axis: -gradient.stride(axis))
+    return sorted(range(1, gradient.dim()), key=gradient.stride, reverse=True)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

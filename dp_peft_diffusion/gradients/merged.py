@@ -36,7 +36,8 @@ class MergedLora:
 
     def __init__(self, path: str, layer: Any) -> None:
         self.path, self.kind, self.layer = path, type(layer).__name__, layer
-        (adapter,) = layer.active_adapters
+        self.adapters = list(layer.active_adapters)
+        (adapter,) = self.adapters
         self.a, self.b, self.scale = layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
         self.prefixes = {"A": f"lora_A.{adapter}", "B": f"lora_B.{adapter}"}
         self.base = layer.base_layer
@@ -45,6 +46,12 @@ class MergedLora:
             delta = self.b.weight.flatten(1) @ self.a.weight.flatten(1)
             self.weight = torch.add(self.base.weight, delta.view_as(self.base.weight), alpha=self.scale)
         self.batched_dims = RULES[type(self.base)].batched_dims(self.base)
+
+    def stands(self) -> bool:
+        """Whether the layer is still set as it was merged: inside a forward, adapters may be switched off or scaled."""
+        layer = self.layer
+        on = not layer.disable_adapters and not layer.merged and list(layer.active_adapters) == self.adapters
+        return on and layer.scaling[self.adapters[0]] == self.scale
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows (b * k, ...) float32 -> the layer's output."""
@@ -107,7 +114,8 @@ def _is_plain(layer: Any) -> bool:
     if adapter not in layer.lora_A or adapter in layer.lora_variant or layer.lora_bias[adapter]:
         return False
     a, b, base = layer.lora_A[adapter], layer.lora_B[adapter], layer.base_layer
-    if any(part._forward_hooks or part._forward_pre_hooks for part in (a, b, base)):
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(vars(part)[name] for part in (a, b, base) for name in hooks):
         return False
     stock = type(base) in (nn.Linear, *CONVOLUTIONS) and type(a) is type(b) is type(base)
     float32 = all(weight.dtype == torch.float32 for part in (a, b, base) for weight in part.parameters())

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from peft.tuners.oft.layer import MultiplicativeDropoutLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -26,9 +27,10 @@ def refuse_float16(layer: str, *tensors: Any) -> None:
     Raises:
         UserError: naming the layer and the reason.
     """
-    device = next((tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)), "cpu")
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    if torch.float16 in (autocast, *(tensor.dtype for tensor in tensors if isinstance(tensor, Tensor))):
+    seen = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    devices = {tensor.device.type for tensor in seen}
+    autocast = {torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}
+    if torch.float16 in autocast | {tensor.dtype for tensor in seen}:
         raise UserError(
             f"layer {layer} was run in float16, where small gradients become zero, and a gradient scaler's scale "
             "would depend on private gradients. Use bfloat16 or float32."
@@ -73,10 +75,17 @@ def _module_problem(module: nn.Module) -> str | None:
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return "mixes the examples of a batch. Use a model with GroupNorm."
     if isinstance(module, BaseTunerLayer):
-        adapter_only = {id(m) for m in module.modules()} - {id(m) for m in module.get_base_layer().modules()}
-        for part in module.modules():
-            if id(part) in adapter_only and isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
-                return (
-                    f"has an adapter dropout of {part.p}. Make the adapter with dropout 0: noise regularises already."
-                )
+        rate = _adapter_dropout(module)
+        if rate > 0:
+            return f"has an adapter dropout of {rate}. Make the adapter with dropout 0: noise regularises already."
     return None
+
+
+def _adapter_dropout(layer: BaseTunerLayer) -> float:
+    """The largest dropout rate of a peft layer, whatever the adapter calls it; what its base layer has is no matter."""
+    adapter_only = {id(part) for part in layer.modules()} - {id(part) for part in layer.get_base_layer().modules()}
+    dropouts = (nn.modules.dropout._DropoutNd, MultiplicativeDropoutLayer)
+    rates = [part.p for part in layer.modules() if id(part) in adapter_only and isinstance(part, dropouts)]
+    for name in ("rank_dropout", "module_dropout"):  # plain numbers, in LoKr and LoHa
+        rates += vars(layer).get(name, {}).values()
+    return max((float(rate) for rate in rates), default=0.0)

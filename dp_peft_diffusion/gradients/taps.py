@@ -56,10 +56,11 @@ class Pass:
         self.gradients: Gradients = {}
         self.anchor = torch.empty(0, requires_grad=True)  # makes taps run where no input requires a gradient
         self.patched: list[nn.Module] = []
-        for path, layer in layers.items():
-            self._patch(layer, self._tapped_forward(Leaf(path, layer)))
-        for merged in merged_layers(model).values():
-            self._patch(merged.layer, self._merged_forward(merged))
+        forwards = [(layer, self._tapped_forward(Leaf(path, layer))) for path, layer in layers.items()]
+        forwards += [(merged.layer, self._merged_forward(merged)) for merged in merged_layers(model).values()]
+        for layer, forward in forwards:  # last: nothing is patched if memory runs out before
+            layer.forward = forward
+            self.patched.append(layer)
 
     def close(self) -> None:
         """Take the taps off; let go of what the losses' graph would keep alive."""
@@ -67,14 +68,14 @@ class Pass:
             del layer.forward
         self.patched, self.gradients = [], {}
 
-    def backward(self, losses: Tensor) -> None:
-        """Each loss depends on its own example only, so the backward of all at once keeps gradients apart."""
-        self.b = len(losses)
-        torch.autograd.backward(losses, torch.ones_like(losses))
+    def backward(self, losses: Tensor, parameters: list[nn.Parameter]) -> None:
+        """Each loss depends on its own example only, so the backward of all at once keeps gradients apart.
 
-    def _patch(self, layer: nn.Module, forward: Callable[..., Tensor]) -> None:
-        layer.forward = forward
-        self.patched.append(layer)
+        It runs as far as the taps and `parameters`: no other leaf is left holding a private gradient.
+        """
+        self.b = len(losses)
+        with torch.autocast(losses.device.type, enabled=False):  # the caller's may still be on
+            torch.autograd.backward(losses, torch.ones_like(losses), inputs=[self.anchor, *parameters])
 
     def _tapped_forward(self, leaf: Leaf) -> Callable[[Tensor], Tensor]:
         def forward(input: Tensor) -> Tensor:
@@ -84,17 +85,17 @@ class Pass:
 
     def _merged_forward(self, merged: MergedLora) -> Callable[..., Tensor]:
         def forward(x: Tensor, *args: Any, **options: Any) -> Tensor:
-            if args or options or x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):
+            exact = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type) and merged.stands()
+            if args or options or not exact:
                 return type(merged.layer).forward(merged.layer, x, *args, **options)  # unmerged, its leaves are tapped
-            return _MergedTap.apply(x, merged.weight, self.anchor, self, merged)
+            return _MergedTap.apply(x, merged, merged.weight, merged.a.weight, merged.b.weight, self.anchor, self)
 
         return forward
 
     def collect(self, site: Site, activations: Tensor, backprops: Tensor) -> None:
         """Add one call's per-example gradients; a layer that is called twice has two."""
         b = self._examples(site, activations, backprops)
-        with torch.autocast(activations.device.type, enabled=False):
-            found = site.gradients(activations, backprops, b)
+        found = site.gradients(activations, backprops, b)
         for local, gradient in found.items():
             name = f"{site.path}.{local}" if site.path else local
             self.gradients[name] = self.gradients[name] + gradient if name in self.gradients else gradient
@@ -123,8 +124,9 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, activations: Tensor, anchor: Tensor, opened: Pass, leaf: Leaf) -> Tensor:
         ctx.save_for_backward(activations)
+        ctx.mark_dirty(output)  # the same tensor, not a view of it, which an in-place operation might follow
         ctx.opened, ctx.leaf = opened, leaf
-        return output.view_as(output)
+        return output
 
     @staticmethod
     @once_differentiable
@@ -135,18 +137,23 @@ class _Tap(torch.autograd.Function):
 
 
 class _MergedTap(torch.autograd.Function):
-    """A merged LoRA layer whose backward hands input and output gradient to the pass."""
+    """A merged LoRA layer whose backward hands input and output gradient to the pass.
+
+    It saves A and B too, so that autograd refuses a backward after they have changed.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, anchor: Tensor, opened: Pass, merged: MergedLora) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(
+        ctx: Any, x: Tensor, merged: MergedLora, weight: Tensor, a: Tensor, b: Tensor, anchor: Tensor, opened: Pass
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, a, b)
         ctx.opened, ctx.merged = opened, merged
         return merged.forward(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, backprops: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, _, _ = ctx.saved_tensors
         ctx.opened.collect(ctx.merged, x, backprops)
         input_gradient = ctx.merged.input_gradient(x.shape, weight, backprops) if ctx.needs_input_grad[0] else None
-        return input_gradient, None, None, None, None
+        return input_gradient, None, None, None, None, None, None

@@ -135,6 +135,15 @@ def test_stock_peft_reloads_and_merges_what_trained(family, kind, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_whole_model_is_saved_as_stock_diffusers_opens_it(family, tmp_path):
+    model, config = injected(family, "full")
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    assert config is None and far(type(model).from_pretrained(tmp_path).eval(), model) == 0.0
+    assert far(fresh(family), model) > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", [*INJECTED, "full"])
 def test_a_clipped_sum_is_the_one_by_one_loops_and_moves_every_tensor(family, kind):
     model, _ = injected(family, kind, rank=2)

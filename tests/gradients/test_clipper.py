@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import UNet2DModel
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoKrConfig, LoraConfig, OFTConfig, inject_adapter_in_model
 from torch import nn
 
 from dp_peft_diffusion.errors import UserError
@@ -73,7 +73,7 @@ def test_lora_on_a_unet_agrees_with_vmap():
     assert relative_error(clipper_for(unet, FLAT).clipped_sum_of(loss_fn, batch), expected) < 1e-5
 
 
-def test_reentrant_checkpointing_equals_the_loop():
+def test_reentrant_checkpointing_is_refused_with_the_way_out():
     class Checkpointed(nn.Module):
         def __init__(self, inner):
             super().__init__()
@@ -83,10 +83,9 @@ def test_reentrant_checkpointing_equals_the_loop():
             return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=True)
 
     model = Layers(nn.Linear(4, 4), Checkpointed(Layers(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))))
-    batch, loss_fn = (torch.randn(5, 4),), repeated_loss(3)
-    expected = vmap_clipped_sum(Layers(model.layers[0], *model.layers[1].inner.layers), loss_fn, batch, FLAT)
-    found = clipper_for(model, FLAT).clipped_sum_of(loss_fn, batch)
-    assert relative_error({a: t for a, t in zip(expected, found.values(), strict=True)}, expected) < 1e-5
+    with pytest.raises(UserError, match="use_reentrant=False"):
+        clipper_for(model, FLAT).clipped_sum_of(repeated_loss(3), (torch.randn(5, 4),))
+    assert not patched(model)
 
 
 def test_both_ways_to_call_give_the_same_bits():
@@ -183,6 +182,29 @@ def test_nothing_is_left_on_parameters_and_frozen_ones_stay():
 
 def patched(model):
     return [path for path, module in model.named_modules() if "forward" in vars(module)]
+
+
+def test_no_leaf_outside_the_model_is_left_with_a_private_gradient():
+    model, table = Layers(nn.Linear(4, 4)), torch.ones(4, requires_grad=True)
+    clipper_for(model, FLAT).clipped_sum_of(lambda m, batch: (m(batch) * table).sum(dim=1), torch.randn(3, 4))
+    assert table.grad is None
+
+
+def test_an_in_place_activation_after_a_trainable_layer_equals_the_loop():
+    model, batch, loss_fn = Layers(nn.Linear(4, 4), nn.ReLU(inplace=True)), (torch.randn(5, 4),), repeated_loss(2)
+    expected = loop_clipped_sum(model, loss_fn, batch, FLAT)
+    assert relative_error(clipper_for(model, FLAT).clipped_sum_of(loss_fn, batch), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LoKrConfig(rank_dropout=0.5), LoKrConfig(module_dropout=0.5), OFTConfig(oft_block_size=2, module_dropout=0.5)],
+    ids=["lokr rank", "lokr module", "oft"],
+)
+def test_dropout_of_any_adapter_is_refused_whatever_it_is_called(config):
+    config.target_modules = ["layers.0"]
+    with pytest.raises(UserError, match=r"layers\.0 \(Linear\) has an adapter dropout of 0\.5"):
+        PerSampleClipper(inject_adapter_in_model(config, Layers(nn.Linear(4, 4))).eval())
 
 
 def test_forwards_are_restored_after_the_sum_and_after_an_exception():
@@ -430,7 +452,7 @@ def test_calls_in_the_wrong_order_are_refused():
         losses = loss_fn(model, batch)
     with clipper:  # a new pass: the old losses are not its own
         loss_fn(model, batch)
-    with pytest.raises(UserError, match=r"not backward\(\)"):
+    with pytest.raises(UserError, match="in this pass"):
         clipper.clipped_sum(losses)
 
 

@@ -138,6 +138,65 @@ def test_a_part_with_a_forward_hook_is_left_to_peft_and_stays_exact(part, regist
     assert relative_error(clipper_for(model, FLAT).clipped_sum_of(loss_fn, batch), expected) < 1e-5
 
 
+def halved(model, x):
+    model.get_submodule("layers.2").scale_layer(0.5)
+    outputs = model(x)
+    model.get_submodule("layers.2").unscale_layer(0.5)
+    return outputs
+
+
+def against_its_base(model, x):
+    """Half of the loss from a prediction without the adapter."""
+    model.get_submodule("layers.2").enable_adapters(False)
+    reference = model(x)
+    model.get_submodule("layers.2").enable_adapters(True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name)  # peft switches gradients off with the adapter
+    return model(x) - reference
+
+
+@pytest.mark.parametrize("call", [halved, against_its_base])
+def test_an_adapter_that_is_scaled_or_switched_off_inside_the_loss_stays_exact(call):
+    model, batch = adapted(nn.Linear(4, 6)), (torch.randn(4, 4),)
+
+    def loss_fn(model, batch):
+        return call(model, batch[0]).sin().sum(dim=1)
+
+    expected = loop_clipped_sum(model, loss_fn, batch, FLAT)
+    assert relative_error(clipper_for(model, FLAT).clipped_sum_of(loss_fn, batch), expected) < 1e-5
+
+
+def test_weights_that_change_before_the_sum_are_refused():
+    model, batch = adapted(nn.Linear(4, 6)), (torch.randn(4, 4),)
+    clipper = clipper_for(model, FLAT)
+    with clipper:
+        losses = repeated_loss(1)(model, batch)
+    with torch.no_grad():
+        trainable(model)["layers.2.lora_B.default.weight"].mul_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        clipper.clipped_sum(losses)
+
+
+def test_a_callers_autocast_around_the_sum_changes_nothing():
+    model, batch = adapted(nn.Linear(4, 6)), (torch.randn(4, 4),)
+    clipper, expected = clipper_for(model, FLAT), loop_clipped_sum(model, repeated_loss(1), batch, FLAT)
+    with clipper:
+        losses = repeated_loss(1)(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = clipper.clipped_sum(losses)
+    assert relative_error(total, expected) < 1e-5
+
+
+def test_nothing_stays_patched_when_merging_runs_out_of_memory(monkeypatch):
+    model, batch = adapted(nn.Linear(4, 6)), (torch.randn(4, 4),)
+    clipper = clipper_for(model, FLAT)
+    with monkeypatch.context() as broken:
+        broken.setattr("dp_peft_diffusion.gradients.taps.merged_layers", lambda model: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            clipper.clipped_sum_of(repeated_loss(1), batch)
+    assert clipper.clipped_sum_of(repeated_loss(1), batch)
+
+
 def test_weights_that_change_between_steps_are_merged_again():
     model, loss_fn, batch = adapted(nn.Linear(4, 6)), repeated_loss(1), (torch.randn(4, 4),)
     clipper = clipper_for(model, FLAT)

@@ -144,3 +144,23 @@ def test_a_fresh_lora_is_moved_off_zero_for_the_check():
 
     check_gradients(PerSampleClipper(at_start()), loss_fn, images(2, 2))
     assert seen and all(seen)
+
+
+class Positions(nn.Module):
+    """One table for the whole batch, of as many rows as there are examples, or a multiple."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(4, 3)
+        self.eval()
+
+    def forward(self, x):  # (b, 4, 3)
+        return x + self.table(torch.arange(4))
+
+
+def test_a_table_whose_rows_look_like_examples_is_found():
+    def loss_fn(model, batch):
+        return (model(batch) * batch).flatten(1).sum(dim=1)
+
+    with pytest.raises(UserError, match="table.weight differ"):
+        check_gradients(PerSampleClipper(Positions()), loss_fn, torch.randn(2, 4, 3))
