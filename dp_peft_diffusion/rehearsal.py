@@ -111,7 +111,7 @@ def check_clipper(recipe: Recipe, base: BaseModel, clipper: PerSampleClipper) ->
 
 
 def measure_micro_batch(recipe: Recipe, base: BaseModel, clipper: PerSampleClipper) -> tuple[float, int]:
-    """Seconds for one micro-batch of made-up images (the second of two), and bytes kept for its backward.
+    """Seconds for one micro-batch of made-up images (the second one run), and bytes kept for its backward.
 
     The peak of the process would not do: decoding the private images is in it (invariant 13).
     """
@@ -122,12 +122,10 @@ def measure_micro_batch(recipe: Recipe, base: BaseModel, clipper: PerSampleClipp
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
+    # torch.func refuses these hooks, and keeps about what an ordinary backward would.
+    run = clipper.clipped_sum_of if clipper.path == "hooks" else lambda loss_fn, batch: loss_fn(clipper.model, batch)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        if clipper.path == "hooks":
-            clipper.clipped_sum_of(loss_fn, batch)
-        else:  # torch.func refuses these hooks, and keeps what an ordinary backward would
-            loss_fn(clipper.model, batch)
-    clipper.clipped_sum_of(loss_fn, batch)
+        run(loss_fn, batch)
     started = time.monotonic()
     clipper.clipped_sum_of(loss_fn, batch)
     return time.monotonic() - started, sum(kept.values())

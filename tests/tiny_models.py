@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from PIL import Image
 
 from dp_peft_diffusion.diffusion.base_model import BaseLayout, save_base
 
@@ -24,6 +26,17 @@ def tiny_unet(num_class_embeds: int | None = 30, packing: int = 1, seed: int = 0
         num_class_embeds=num_class_embeds,
     )
     return unet.requires_grad_(False).eval()
+
+
+def tiny_image_folder(folder: Path, levels: dict[str, int], count: int) -> Path:
+    """An image folder of grey noise, 16x16: `count` images for each class, around the class's grey level."""
+    rng = np.random.default_rng(0)
+    for name, level in levels.items():
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = np.clip(rng.normal(level, 20, (16, 16)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+    return folder
 
 
 def tiny_base_folder(folder: Path, num_class_embeds: int | None = 30, packing: int = 2) -> Path:

@@ -19,6 +19,12 @@ from dp_peft_diffusion.privacy.randomness import KEY_BYTES
 MAX_GRAD_NORM = 0.15  # near the norms of these made-up gradients, and below most: clipping takes part in the check
 CHECKED_EXAMPLES = 3
 NUM_EXAMPLES = 50_000  # of the data set that `step` samples from
+OPACUS = {  # the clipped sum and nothing else
+    "noise_multiplier": 0.0,
+    "max_grad_norm": MAX_GRAD_NORM,
+    "expected_batch_size": None,
+    "loss_reduction": "sum",
+}
 PUBLIC_KEY = bytes(KEY_BYTES)  # nothing here is private
 Step = Callable[[MadeUpBatch], Gradients | None]  # a clipped sum, or nothing for what is not private
 
@@ -76,13 +82,7 @@ def opacus_hooks(problem: Problem) -> Step:
 
     parameters = trainable(problem.model)
     model = GradSampleModule(problem.model.train(), loss_reduction="sum")  # its hooks sleep in eval mode
-    optimizer = DPOptimizer(
-        torch.optim.SGD(parameters.values()),
-        noise_multiplier=0.0,
-        max_grad_norm=MAX_GRAD_NORM,
-        expected_batch_size=None,
-        loss_reduction="sum",
-    )
+    optimizer = DPOptimizer(torch.optim.SGD(parameters.values()), **OPACUS)
 
     def step(batch: MadeUpBatch) -> Gradients:
         optimizer.zero_grad(set_to_none=True)
@@ -111,13 +111,7 @@ def opacus_ghost(problem: Problem) -> Step:
     model = GradSampleModuleFastGradientClipping(
         problem.model.train(), loss_reduction="sum", max_grad_norm=MAX_GRAD_NORM
     )
-    optimizer = DPOptimizerFastGradientClipping(
-        torch.optim.SGD(parameters.values()),
-        noise_multiplier=0.0,
-        max_grad_norm=MAX_GRAD_NORM,
-        expected_batch_size=None,
-        loss_reduction="sum",
-    )
+    optimizer = DPOptimizerFastGradientClipping(torch.optim.SGD(parameters.values()), **OPACUS)
 
     def step(batch: MadeUpBatch) -> Gradients:
         optimizer.zero_grad(set_to_none=True)

@@ -9,7 +9,7 @@ from torch import nn
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.gradients.clipper import PerSampleClipper
 from dp_peft_diffusion.gradients.functional import loop_clipped_sum, trainable, vmap_clipped_sum
-from tests.gradients.cases import AUTOMATIC, CLIPS, FLAT, Layers, clipper_for, relative_error, repeated_loss
+from tests.gradients.cases import AUTOMATIC, CLIPS, FLAT, Layers, Twice, clipper_for, relative_error, repeated_loss
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CONVOLUTION = ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv_out"]
@@ -112,14 +112,6 @@ def test_micro_batches_add_up_to_the_whole_batch(clip):
 
 
 def test_a_layer_called_twice_adds_its_two_gradients():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.layer(self.layer(x).tanh())
-
     batch, loss_fn = (torch.randn(5, 4),), repeated_loss(3)
     model = Layers(Twice())
     expected = loop_clipped_sum(model, loss_fn, batch, FLAT)

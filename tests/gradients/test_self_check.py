@@ -10,7 +10,7 @@ from dp_peft_diffusion.gradients.clipper import PerSampleClipper
 from dp_peft_diffusion.gradients.merged import MergedLora
 from dp_peft_diffusion.gradients.rules import RULES
 from dp_peft_diffusion.gradients.self_check import check_gradients
-from tests.gradients.cases import Layers, repeated_loss
+from tests.gradients.cases import Layers, Twice, repeated_loss
 from tests.gradients.test_clipper import ATTENTION, denoising_loss, images, tiny_unet
 
 
@@ -88,14 +88,6 @@ def test_a_planted_bug_is_found_at_the_start_of_training_and_nothing_stays_moved
 
 
 def test_a_lost_second_call_is_found(monkeypatch):
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.layer(self.layer(x).tanh())
-
     def overwrite(self, site, activations, backprops):
         self.gradients |= {f"{site.path}.{n}": g for n, g in site.gradients(activations, backprops, self.b).items()}
 

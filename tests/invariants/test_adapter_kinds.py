@@ -3,13 +3,11 @@
 import json
 import re
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import UNet2DModel
-from PIL import Image
-from tiny_models import tiny_base_folder
+from tiny_models import tiny_base_folder, tiny_image_folder
 
 from dp_peft_diffusion.cli import main
 from dp_peft_diffusion.diffusion.base_model import load_base
@@ -25,12 +23,7 @@ def invoke(*words):
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("zanzibar")
     tiny_base_folder(place / "tiny-base")
-    rng = np.random.default_rng(0)
-    for name, level in (("left", 60), ("right", 190)):
-        (place / "images" / name).mkdir(parents=True)
-        for index in range(6):
-            pixels = np.clip(rng.normal(level, 20, (16, 16)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(place / "images" / name / f"{index}.png")
+    tiny_image_folder(place / "images", {"left": 60, "right": 190}, count=6)
     return place
 
 

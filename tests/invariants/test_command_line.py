@@ -2,11 +2,9 @@
 
 import json
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
-from PIL import Image
-from tiny_models import tiny_base_folder
+from tiny_models import tiny_base_folder, tiny_image_folder
 
 from dp_peft_diffusion.cli import main
 
@@ -19,12 +17,7 @@ def invoke(*arguments):
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("user")
     tiny_base_folder(place / "base")
-    rng = np.random.default_rng(0)
-    for name, level in (("dark", 20), ("light", 220)):
-        (place / "images" / name).mkdir(parents=True)
-        for index in range(10):
-            pixels = np.clip(rng.normal(level, 20, (16, 16)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(place / "images" / name / f"{index}.png")
+    tiny_image_folder(place / "images", {"dark": 20, "light": 220}, count=10)
     return place
 
 
