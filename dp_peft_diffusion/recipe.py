@@ -18,6 +18,7 @@ ADAPTER_KINDS = (
     "lora", "lora_conv", "ffa_lora", "rslora", "dora", "ia3", "lokr", "oft", "vera",
     "bitfit", "norm", "attention", "class_rows", "full",
 )  # fmt: skip
+NEIGHBORING_RELATIONS = ("zero_out", "add_or_remove_one", "replace_one")
 WITHOUT_TARGETS = ("bitfit", "class_rows", "full")
 MAX_SEED = 2**32  # image i is seeded with seed * 1,000,003 + i, which must fit 63 bits
 AnyRecipe = TypeVar("AnyRecipe", "Recipe", "PretrainRecipe")
@@ -43,6 +44,10 @@ class Data:
     class_names: tuple[str, ...] | None = option(None, help="public list of classes; none takes the data set's own")
     center_crop: bool = option(False, help="cut the middle square out instead of resizing the whole image")
     declared_public: bool = option(False, help="you declare these images public, nothing in them needs protection")
+    group_column: str | None = option(None, help="column that says whose image it is; the promise is for all of one's")
+    max_examples_per_group: int | None = option(
+        None, at_least=1, below=1025, help="images used of one group; the others count as blank"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +80,20 @@ class Privacy:
     )
     clipping: str = option("automatic", choices=("flat", "automatic"), help="how an example's gradient is bounded")
     gamma: float | None = option(None, above=0, help="of automatic clipping; none: chosen from public images")
-    neighboring_relation: str = option("zero_out", choices=("zero_out",), help="what one record more or less means")
+    neighboring_relation: str = option(
+        "zero_out", choices=NEIGHBORING_RELATIONS, help="how two data sets differ that must look alike"
+    )
+    sampling_prob: float | None = option(
+        None, above=0, below=1, help="chance of each image in each update; add_or_remove_one needs it"
+    )
+    truncated_batch_size: int | None = option(None, at_least=1, help="most images in one update; none: no cap")
+    tuning_runs: int | None = option(
+        None, at_least=1, below=100_001, help="runs on these images in all, this one included; epsilon is for all"
+    )
+    prior_event: tuple[str, ...] | None = option(
+        None, help="privacy.json of earlier releases from these images; epsilon is then for all together"
+    )
+    record_spending: bool = option(True, help="note the run in this user's ledger of the data set (dp-peft spent)")
     no_privacy: bool = option(False, help="no noise, no promise, no export; needs declared_public")
 
 
@@ -98,6 +116,7 @@ class Train:
     mixed_precision: str = option(
         "no", choices=("no", "bf16", "auto"), help="precision of the frozen base; auto: whichever measures faster"
     )
+    checkpointing_steps: int = option(10, at_least=1, help="updates between saved states, from which a stop is resumed")
     skip_self_check: bool = option(False, help="skip the start-up check of gradients; the certificate says so")
     seed: int = option(0, at_least=0, below=MAX_SEED, help="of everything public; the privacy noise has no seed")
 
@@ -242,6 +261,39 @@ def _check_precision(mixed_precision: str) -> None:
         )
 
 
+def _check_relation(recipe: Recipe) -> None:
+    """Relations, groups and caps that have no price together."""
+    privacy, grouped = recipe.privacy, recipe.data.group_column is not None
+    if grouped != (recipe.data.max_examples_per_group is not None):
+        raise UserError(
+            "--group_column and --max_examples_per_group (data in a recipe) go together: whose image it is, and how "
+            "many of one owner count. Type for example --group_column patient --max_examples_per_group 4."
+        )
+    if privacy.neighboring_relation == "add_or_remove_one":
+        if privacy.sampling_prob is None:
+            raise UserError(
+                "--neighboring_relation add_or_remove_one hides the number of images, so nothing may be computed from "
+                "it. Give --sampling_prob (privacy.sampling_prob in a recipe), for example --sampling_prob 0.01."
+            )
+    elif privacy.sampling_prob is not None:
+        raise UserError(
+            "--sampling_prob (privacy.sampling_prob in a recipe) belongs to --neighboring_relation add_or_remove_one; "
+            "elsewhere it is --train_batch_size / N. Leave it out."
+        )
+    if grouped and privacy.neighboring_relation == "replace_one":
+        raise UserError(
+            "--group_column with --neighboring_relation replace_one has no known price. "
+            "Take --neighboring_relation zero_out."
+        )
+    if privacy.truncated_batch_size is not None and grouped:
+        raise UserError("--truncated_batch_size with --group_column has no known price. Leave one of them out.")
+    if privacy.truncated_batch_size is not None and privacy.neighboring_relation == "add_or_remove_one":
+        raise UserError(
+            "--truncated_batch_size has a price only where the number of images is public. "
+            "Leave it out, or take --neighboring_relation zero_out."
+        )
+
+
 def _check_together(recipe: Recipe) -> None:
     """What no single value shows."""
     privacy, data = recipe.privacy, recipe.data
@@ -258,6 +310,7 @@ def _check_together(recipe: Recipe) -> None:
             f"--no_privacy would train on {data.dataset_name} without protection. If nothing in these images needs "
             "protection, say so with --declared_public; otherwise type for example --epsilon 1."
         )
+    _check_relation(recipe)
     if privacy.gamma is not None and privacy.clipping == "flat":
         raise UserError("--gamma (privacy.gamma) belongs to --clipping automatic. Leave one of them out.")
     if recipe.adapter.target_modules is not None and recipe.adapter.kind in WITHOUT_TARGETS:

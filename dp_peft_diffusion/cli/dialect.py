@@ -4,7 +4,7 @@ _GRID = "use --sample_every for grids on the way, --sample_num_images for their 
 _RATE = "the learning rate is constant: use --learning_rate, and --ema_decay to average the steps"
 _ADAM = "use --optimizer adam with --learning_rate; its other constants are fixed"
 _RESUME = (
-    "an interrupted run is not resumed. To start afresh give another --output_dir, or remove the folder of the old run"
+    "the same command resumes an interrupted run by itself, from the state saved every --checkpointing_steps updates"
 )
 _METRICS = "public metrics are in metrics.jsonl of the run's folder; exact losses are private and go nowhere else"
 _HUB = "after `dp-peft verify FOLDER`, upload the folder with `hf upload`"
@@ -33,7 +33,7 @@ _INSTEAD = {
     "allow_tf32": "use --mixed_precision bf16 for speed",
     "dataloader_num_workers": "images are decoded once, before the first step; leave it out",
     "report_to logging_dir logger tracker_project_name": _METRICS,
-    "checkpointing_steps checkpoints_total_limit resume_from_checkpoint save_steps save_every_n_epochs": _RESUME,
+    "checkpoints_total_limit resume_from_checkpoint save_steps save_every_n_epochs": _RESUME,
     "overwrite overwrite_output_dir": "nothing is overwritten: give another --output_dir, or remove the old folder",
     "validation_prompt validation_epochs validation_steps num_validation_images eval_steps": _GRID,
     "sample_every_n_steps sample_every_n_epochs sample_prompts": _GRID,

@@ -351,3 +351,24 @@ def test_another_kind_over_a_recipe_takes_its_own_targets():
     assert load_recipe(digits, {"adapter.kind": "lora"}) == load_recipe(digits)
     assert load_recipe(digits, {"adapter.kind": "dora"}).adapter.target_modules is None
     assert load_recipe(digits, {"adapter.kind": "ia3", "adapter.target_modules": ("to_q",)}).adapter.target_modules
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("data: {group_column: patient}", "--max_examples_per_group 4"),
+        ("data: {max_examples_per_group: 4}", "--group_column patient"),
+        ("privacy: {neighboring_relation: add_or_remove_one}", "--sampling_prob 0.01"),
+        ("privacy: {sampling_prob: 0.01}", "Leave it out"),
+        ("privacy: {neighboring_relation: add_or_remove_one, sampling_prob: 0.1, truncated_batch_size: 9}", "no cap|Le"),
+        (
+            "data: {group_column: p, max_examples_per_group: 4}\nprivacy: {neighboring_relation: replace_one}",
+            "no known price",
+        ),
+        ("data: {group_column: p, max_examples_per_group: 4}\nprivacy: {truncated_batch_size: 9}", "no known price"),
+    ],
+)
+def test_relations_groups_and_caps_without_a_price_together_are_refused(tmp_path, text, advice):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match=advice):
+        load_recipe(tmp_path / "recipe.yaml", {"privacy.epsilon": 1.0})
