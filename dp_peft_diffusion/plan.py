@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dp_peft_diffusion.privacy import accounting, planning
-from dp_peft_diffusion.privacy.promise import promised_epsilon
+from dp_peft_diffusion.privacy.promise import composed_event
+from dp_peft_diffusion.recipe import Data
 
 if TYPE_CHECKING:
     from dp_peft_diffusion.preparation import Prepared
@@ -15,27 +17,45 @@ PRICED_STEPS = 20  # steps at which the epsilon so far is computed; between them
 
 def plan_text(prepared: "Prepared") -> str:
     """The plan, one line a topic, in words first."""
-    lines = promise_lines(prepared) + training_lines(prepared) + utility_lines(prepared)
+    lines = attempt_lines(prepared) + promise_lines(prepared) + training_lines(prepared) + utility_lines(prepared)
     width = max(len(topic) for topic, _ in lines)
     return "\n".join(f"{topic:<{width}}  {text}" for topic, text in lines)
 
 
+def attempt_lines(prepared: "Prepared") -> list[tuple[str, str]]:
+    """What was begun before, if anything."""
+    if prepared.resuming:
+        return [("Resumes", f"the interrupted run in {prepared.run.private}, with the noise it began with")]
+    if prepared.attempt > 1:
+        return [("Attempt", f"{prepared.attempt}; the steps that earlier ones began are counted in epsilon")]
+    return []
+
+
 def promise_lines(prepared: "Prepared") -> list[tuple[str, str]]:
     """What is promised, what it means, and by which mechanism."""
-    recipe, mechanism = prepared.recipe, prepared.mechanism
+    recipe, mechanism, promise = prepared.recipe, prepared.mechanism, prepared.promise
     sampling = f"{mechanism.steps:,} updates, Poisson q = {mechanism.sampling_prob:.4g}"
-    if recipe.privacy.no_privacy:
+    if mechanism.truncated_batch_size is not None:
+        sampling += f" cut at {mechanism.truncated_batch_size:,} images"
+    if promise is None:
         return [
             ("Promise", "NONE. --no_privacy: the images may be read off the adapter; it is not exported"),
             ("Mechanism", f"{sampling}, no noise, {recipe.privacy.clipping} clipping at {mechanism.max_grad_norm:g}"),
         ]
-    epsilon, delta = mechanism.epsilon(recipe.privacy.delta), recipe.privacy.delta
-    promised = promised_epsilon(mechanism, delta, recipe.privacy.epsilon)
-    odds = accounting.max_tpr_at_fpr(mechanism.event, mechanism.neighboring_relation, 0.01)
-    return [
+    relation = mechanism.neighboring_relation
+    odds = accounting.max_tpr_at_fpr(promise.event, relation, 0.01)
+    group = mechanism.max_examples_per_group
+    unit = "one image" if group == 1 else f"one {recipe.data.group_column} (at most {group} images)"
+    difference = {
+        "zero_out": "replaced by nothing",
+        "add_or_remove_one": "there or not",
+        "replace_one": "replaced by another",
+    }[relation]
+    lines = [
         (
             "Promise",
-            f"epsilon = {promised:g}, delta = {delta:g}, for one image replaced by nothing (priced {epsilon:.4f})",
+            f"epsilon = {promise.epsilon:g}, delta = {promise.delta:g}, for {unit} {difference} (priced "
+            f"{promise.priced:.4f})",
         ),
         (
             "Means",
@@ -47,6 +67,13 @@ def promise_lines(prepared: "Prepared") -> list[tuple[str, str]]:
             f"{recipe.privacy.clipping} clipping at {mechanism.max_grad_norm:g}, PLD accountant",
         ),
     ]
+    if promise.tuning_runs is not None:
+        lines.append(("Tuning", f"epsilon is for {promise.tuning_runs:,} such runs in all"))
+    for release in promise.prior:
+        lines.append(
+            ("Before", f"{release.runs} times {release.mechanism.steps:,} updates, in epsilon: {release.source}")
+        )
+    return lines
 
 
 def training_lines(prepared: "Prepared") -> list[tuple[str, str]]:
@@ -57,9 +84,11 @@ def training_lines(prepared: "Prepared") -> list[tuple[str, str]]:
     modules, trains_all = prepared.adapter.adapted_modules, prepared.adapter.config is None
     names = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
     minutes = prepared.mechanism.steps * prepared.minutes_per_step
-    images_bytes = len(prepared.images) * prepared.base.image_channels * prepared.base.resolution**2
-    classes = recipe.data.class_names
-    public = [f"N = {len(prepared.images):,}", f"{prepared.base.resolution}x{prepared.base.resolution} pixels"]
+    image_bytes = prepared.base.image_channels * prepared.base.resolution**2
+    classes, known_n = recipe.data.class_names, prepared.mechanism.num_examples  # None where N is private
+    public = [] if known_n is None else [f"N = {known_n:,}"]
+    held = f"{image_bytes:,} bytes an image" if known_n is None else f"{known_n * image_bytes / 1e9:.2f} GB of images"
+    public += [f"{prepared.base.resolution}x{prepared.base.resolution} pixels"]
     public += [f"{len(classes)} class names ({', '.join(classes[:10])})"] if classes else []
     public += ["class names declare themselves public by being folder or label names"] if classes else []
     return [
@@ -67,7 +96,7 @@ def training_lines(prepared: "Prepared") -> list[tuple[str, str]]:
             "Base",
             f"{recipe.model.pretrained_model_name_or_path}, {'all of it trains' if trains_all else 'frozen'}",
         ),
-        ("Images", f"{recipe.data.dataset_name} ({recipe.data.split}), {len(prepared.images):,} rows"),
+        ("Images", images_fact(recipe.data, known_n)),
         (
             "Adapter",
             f"{recipe.adapter.kind} on {names}: {trainable:,} trainable of {total:,}; {clipper.describe()}",
@@ -77,7 +106,7 @@ def training_lines(prepared: "Prepared") -> list[tuple[str, str]]:
         (
             "Memory",
             f"{prepared.activation_bytes / 1e9:.2f} GB of activations for a micro-batch of {train.micro_batch_size}, "
-            f"{images_bytes / 1e9:.2f} GB of images, and about 1 GB for the program",
+            f"{held}, and about 1 GB for the program",
         ),
         (
             "Time",
@@ -92,6 +121,14 @@ def training_lines(prepared: "Prepared") -> list[tuple[str, str]]:
     ]
 
 
+def images_fact(data: Data, known_n: int | None) -> str:
+    """What trains; not where it lies on this machine, as output is pasted into reports."""
+    name = "local files" if Path(data.dataset_name).expanduser().exists() else data.dataset_name
+    count = "as many as there are, which stays private" if known_n is None else f"{known_n:,} rows"
+    groups = "" if data.group_column is None else f", at most {data.max_examples_per_group} of each {data.group_column}"
+    return f"{name} ({data.split}), {count}{groups}"
+
+
 def utility_lines(prepared: "Prepared") -> list[tuple[str, str]]:
     """What to expect of the result, from public quantities only."""
     if prepared.recipe.privacy.no_privacy:
@@ -103,14 +140,15 @@ def utility_lines(prepared: "Prepared") -> list[tuple[str, str]]:
 
 def epsilon_so_far(prepared: "Prepared") -> list[float | None]:
     """Epsilon after each step, never below the true price; information only (invariant 16)."""
-    mechanism = prepared.mechanism
-    if prepared.recipe.privacy.no_privacy:
-        return [None] * mechanism.steps
-    priced = sorted({math.ceil(mechanism.steps * k / PRICED_STEPS) for k in range(1, PRICED_STEPS + 1)})
-    price = {
-        t: accounting.epsilon(
-            dataclasses.replace(mechanism, steps=t).event, prepared.recipe.privacy.delta, mechanism.neighboring_relation
+    steps, promise = prepared.mechanism.steps, prepared.promise
+    if promise is None:
+        return [None] * steps
+    priced = sorted({math.ceil(steps * k / PRICED_STEPS) for k in range(1, PRICED_STEPS + 1)})
+    price, relation = {}, promise.mechanism.neighboring_relation
+    for t in priced:
+        event = composed_event(dataclasses.replace(promise.mechanism, steps=t), promise.tuning_runs, promise.prior)
+        coarse = accounting.epsilon(
+            event, promise.delta, promise.mechanism.neighboring_relation, smallest_interval=1e-3
         )
-        for t in priced
-    }
-    return [price[min(t for t in priced if t > step)] for step in range(mechanism.steps)]
+        price[t] = min(coarse, promise.epsilon)
+    return [price[min(t for t in priced if t > step)] for step in range(steps)]

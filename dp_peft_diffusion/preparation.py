@@ -14,9 +14,10 @@ from dp_peft_diffusion.diffusion.class_rows import choose_class_rows
 from dp_peft_diffusion.diffusion.datasets import PrivateImages, open_examples
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.gradients.clipper import PerSampleClipper
+from dp_peft_diffusion.privacy.composition import read_prior
 from dp_peft_diffusion.privacy.mechanism import DPMechanism
-from dp_peft_diffusion.privacy.promise import promised_epsilon
-from dp_peft_diffusion.recipe import Recipe, to_yaml, validate
+from dp_peft_diffusion.privacy.promise import Promise, Release, make_promise
+from dp_peft_diffusion.recipe import Model, Recipe, load_recipe, to_yaml, validate
 from dp_peft_diffusion.rehearsal import (
     check_clipper,
     check_sampler,
@@ -25,12 +26,18 @@ from dp_peft_diffusion.rehearsal import (
     measure_micro_batch,
     set_memory_format,
 )
-from dp_peft_diffusion.run_folder import RunFolder
+from dp_peft_diffusion.runs.attempts import Attempts, charged, load_attempts
+from dp_peft_diffusion.runs.context import context_of, differences
+from dp_peft_diffusion.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything a run needs, and what its plan tells."""
+    """Everything a run needs, and what its plan tells.
+
+    `promise` is None with --no_privacy. `earlier` lists the attempts begun before; `resuming` says that the last of
+    them goes on. `context` is everything that shapes an update.
+    """
 
     recipe: Recipe  # resolved: runs again as it stands
     requested: str
@@ -41,10 +48,20 @@ class Prepared:
     adapter: Adapter
     clipper: PerSampleClipper
     mechanism: DPMechanism
+    promise: Promise | None
+    earlier: Attempts | None
+    resuming: bool
+    context: dict[str, str]
     seconds_per_micro_batch: float
     activation_bytes: int
     gamma_source: str | None
     notes: tuple[str, ...]
+
+    @property
+    def attempt(self) -> int:
+        """Number of the attempt that runs, from 1."""
+        begun = 0 if self.earlier is None else len(self.earlier.attempts)
+        return begun if self.resuming else begun + 1
 
     @property
     def minutes_per_step(self) -> float:
@@ -53,54 +70,121 @@ class Prepared:
         return micro_batches * self.seconds_per_micro_batch / 60
 
 
-def prepare(recipe: Recipe, output_dir: Path | str) -> Prepared:
+def prepare(
+    recipe: Recipe, output_dir: Path | str, new_attempt: bool = False, certified: DPMechanism | None = None
+) -> Prepared:
     """Check the recipe and the folder, load base and images, calibrate the noise, measure one micro-batch.
+
+    new_attempt: begin an interrupted run anew, with fresh ids and noise; the steps it began are charged.
+    certified: the mechanism of a run that is replayed; nothing is calibrated or promised then.
 
     Raises:
         UserError: anything the user can mend.
+        RunError: what an interrupted run left behind is damaged.
         FinishedRun: this run was finished before.
     """
     validate(recipe)
     requested, run = to_yaml(recipe), RunFolder(Path(output_dir))
-    run.check_usable(requested)
+    resuming = run.check_usable(requested, new_attempt) and not new_attempt
+    earlier = load_attempts(run.attempts)
+    gamma_given = recipe.privacy.gamma is not None
+    if resuming:
+        recipe = load_recipe(run.recipe)  # what was measured or chosen once stands (invariant 8)
     accelerator = make_accelerator()
     base = load_base(recipe.model.pretrained_model_name_or_path, recipe.model.revision)
     base.unet.to(accelerator.device)
     check_sampler(base, recipe.sample)
     images = open_examples(recipe.data, base.resolution, base.image_channels)
     recipe, notes = resolve(recipe, base, images)
-    mechanism = make_mechanism(recipe, len(images))
+    mechanism, promise = certified or make_mechanism(recipe, len(images)), None
+    if certified is None and not recipe.privacy.no_privacy:
+        given_up = () if earlier is None else charged(earlier, len(earlier.attempts) - resuming, run.ledger)
+        promise = promise_of(recipe, mechanism, given_up)
+        mechanism = promise.mechanism
     num_classes = len(recipe.data.class_names or ()) if recipe.adapter.class_rows else 0
     adapter = inject_adapter(base, recipe.adapter, num_classes, recipe.train.seed)
-    gamma_source = None if recipe.privacy.gamma is None else "given by the user, declared public"
-    if recipe.privacy.clipping == "automatic" and recipe.privacy.gamma is None:
-        gamma_source = "images sampled from the base"
-        gamma = choose_gamma(recipe, base, adapter)
-        recipe = dataclasses.replace(recipe, privacy=dataclasses.replace(recipe.privacy, gamma=gamma))
-    if gamma_source is not None:
-        notes += (f"gamma {recipe.privacy.gamma:g} of automatic clipping: {gamma_source}",)
-    clipper = make_clipper(recipe, adapter)
+    recipe, clipper, more_notes, gamma_source = choose(recipe, base, adapter, gamma_given)
+    if not recipe.train.skip_self_check:
+        check_clipper(recipe, base, clipper)
+    context = context_of(shaping_recipe(recipe), mechanism, images.content_digest, base.sha256, accelerator.device)
+    if resuming and earlier is not None:
+        check_context(earlier, context, run)
+    seconds, activation_bytes = measure_micro_batch(recipe, base, clipper)
+    return Prepared(
+        recipe=recipe,
+        requested=requested,
+        run=run,
+        accelerator=accelerator,
+        base=base,
+        images=images,
+        adapter=adapter,
+        clipper=clipper,
+        mechanism=mechanism,
+        promise=promise,
+        earlier=earlier,
+        resuming=resuming,
+        context=context,
+        seconds_per_micro_batch=seconds,
+        activation_bytes=activation_bytes,
+        gamma_source=gamma_source,
+        notes=notes + more_notes,
+    )
+
+
+def choose(
+    recipe: Recipe, base: BaseModel, adapter: Adapter, gamma_given: bool
+) -> tuple[Recipe, PerSampleClipper, tuple[str, ...], str | None]:
+    """What is measured on public inputs, once: gamma and precision. Recipe, clipper, notes, and gamma's source."""
+    privacy, notes, source = recipe.privacy, tuple[str, ...](), None
+    if privacy.clipping == "automatic":
+        source = "given by the user, declared public" if gamma_given else "images sampled from the base"
+        if privacy.gamma is None:
+            privacy = dataclasses.replace(privacy, gamma=choose_gamma(recipe, base, adapter))
+            recipe = dataclasses.replace(recipe, privacy=privacy)
+        notes = (f"gamma {privacy.gamma:g} of automatic clipping: {source}",)
+    clipper = PerSampleClipper(adapter.unet, privacy.max_grad_norm, privacy.clipping, privacy.gamma)
     if recipe.train.mixed_precision == "auto":
         precision, note = choose_precision(recipe, base, clipper)
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, mixed_precision=precision))
         notes += (note,)
     set_memory_format(adapter.unet, recipe.train.mixed_precision)
-    if not recipe.train.skip_self_check:
-        check_clipper(recipe, base, clipper)
-    measured = measure_micro_batch(recipe, base, clipper)
-    return Prepared(
-        recipe,
-        requested,
-        run,
-        accelerator,
-        base,
-        images,
-        adapter,
-        clipper,
-        mechanism,
-        *measured,
-        gamma_source,
-        notes,
+    return recipe, clipper, notes, source
+
+
+def check_context(earlier: Attempts, context: dict[str, str], run: RunFolder) -> None:
+    """An interrupted run goes on only as it began: its noise is never used under another context (invariant 12).
+
+    Raises:
+        UserError: naming what changed.
+    """
+    changed = differences(earlier.attempts[-1].context, context)
+    if changed:
+        raise UserError(
+            f"the interrupted run in {run.private} began otherwise: {changed}. Its noise cannot be used again. Put "
+            "things back as they were and type the same command, or add --new_attempt, which draws fresh noise and "
+            "counts every step begun before."
+        )
+
+
+def promise_of(recipe: Recipe, mechanism: DPMechanism, given_up: tuple[Release, ...]) -> Promise:
+    """What the run will promise together with everything released before, its noise calibrated."""
+    privacy = recipe.privacy
+    prior = read_prior(privacy.prior_event or (), mechanism) + given_up
+    return make_promise(
+        mechanism, delta=privacy.delta, epsilon=privacy.epsilon, tuning_runs=privacy.tuning_runs, prior=prior
+    )
+
+
+def shaping_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML without places, whose contents have digests of their own, and bookkeeping."""
+    return to_yaml(
+        dataclasses.replace(
+            recipe,
+            model=Model(),
+            data=dataclasses.replace(recipe.data, dataset_name="", dataset_config_name=None, declared_public=False),
+            privacy=dataclasses.replace(recipe.privacy, prior_event=None, record_spending=True),
+            train=dataclasses.replace(recipe.train, checkpointing_steps=1),
+        )
     )
 
 
@@ -143,29 +227,21 @@ def resolve(recipe: Recipe, base: BaseModel, images: PrivateImages) -> tuple[Rec
 
 
 def make_mechanism(recipe: Recipe, num_examples: int) -> DPMechanism:
-    """The mechanism of the run, its noise calibrated to the promise unless it was given."""
+    """The mechanism of the run, its noise not yet calibrated. Under add_or_remove_one, N decides nothing."""
     batch, privacy = recipe.train.train_batch_size, recipe.privacy
-    if batch > num_examples:
+    public = privacy.neighboring_relation != "add_or_remove_one"
+    if public and batch > num_examples:
         raise UserError(
             f"--train_batch_size {batch} is more than the {num_examples} images. Try {num_examples} or less."
         )
-    mechanism = DPMechanism(
-        sampling_prob=batch / num_examples,
+    return DPMechanism(
+        sampling_prob=batch / num_examples if privacy.sampling_prob is None else privacy.sampling_prob,
         steps=recipe.train.max_train_steps,
         noise_multiplier=privacy.noise_multiplier,
         max_grad_norm=privacy.max_grad_norm,
         expected_batch_size=batch,
-        num_examples=num_examples,
+        num_examples=num_examples if public else None,
         neighboring_relation=privacy.neighboring_relation,
+        truncated_batch_size=privacy.truncated_batch_size,
+        max_examples_per_group=recipe.data.max_examples_per_group or 1,
     )
-    if privacy.epsilon is not None:
-        mechanism = mechanism.calibrate(epsilon=privacy.epsilon, delta=privacy.delta)
-    if not privacy.no_privacy:
-        promised_epsilon(mechanism, privacy.delta, privacy.epsilon)  # now, not after the privacy is spent
-    return mechanism
-
-
-def make_clipper(recipe: Recipe, adapter: Adapter) -> PerSampleClipper:
-    """The clipper that the recipe asks for."""
-    privacy = recipe.privacy
-    return PerSampleClipper(adapter.unet, privacy.max_grad_norm, privacy.clipping, privacy.gamma)

@@ -19,6 +19,7 @@ ADAPTER_KINDS = (
     "bitfit", "norm", "attention", "class_rows", "full",
 )  # fmt: skip
 NEIGHBORING_RELATIONS = ("zero_out", "add_or_remove_one", "replace_one")
+MAX_SCALE = 64  # alpha over rank that an adapter's file may say
 WITHOUT_TARGETS = ("bitfit", "class_rows", "full")
 MAX_SEED = 2**32  # image i is seeded with seed * 1,000,003 + i, which must fit 63 bits
 AnyRecipe = TypeVar("AnyRecipe", "Recipe", "PretrainRecipe")
@@ -320,6 +321,8 @@ def _check_together(recipe: Recipe) -> None:
         )
     if recipe.adapter.kind == "oft" and recipe.adapter.rank < 2:
         raise UserError("--rank 1 (adapter.rank in a recipe): a rotation of one number is none. Type --rank 4 for oft.")
+    if recipe.adapter.kind == "lokr" and (recipe.adapter.lora_alpha or 0) > MAX_SCALE * recipe.adapter.rank:
+        raise UserError(f"--lora_alpha above {MAX_SCALE} times --rank is more than lokr's file may say. Leave it out.")
     lists = {"--class_names": data.class_names, "--class_rows": recipe.adapter.class_rows}
     for name, items in (lists | {"--target_modules": recipe.adapter.target_modules}).items():
         if items is not None and len(set(items)) < len(items):

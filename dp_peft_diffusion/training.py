@@ -1,6 +1,5 @@
 """Private training, on one screen: ids -> losses -> clipped sum -> noise -> step."""
 
-import csv
 import dataclasses
 import errno
 import json
@@ -10,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
+from dp_peft_diffusion.attempt import begin, restore_state
 from dp_peft_diffusion.batches import make_batch, make_loss
-from dp_peft_diffusion.diffusion.datasets import PrivateImages
 from dp_peft_diffusion.diffusion.generation import class_indices, class_rows, image_grid, sample_images
+from dp_peft_diffusion.durable import fsync_tree
 from dp_peft_diffusion.errors import RunError
 from dp_peft_diffusion.gradients.functional import Gradients
 from dp_peft_diffusion.gradients.noise import add_noise
@@ -23,9 +24,9 @@ from dp_peft_diffusion.plan import epsilon_so_far, plan_text
 from dp_peft_diffusion.preparation import Prepared, prepare
 from dp_peft_diffusion.privacy.ledger import Ledger
 from dp_peft_diffusion.privacy.poisson import example_ids
-from dp_peft_diffusion.privacy.randomness import new_key
-from dp_peft_diffusion.recipe import Recipe, to_yaml
-from dp_peft_diffusion.run_folder import FinishedRun
+from dp_peft_diffusion.recipe import Recipe
+from dp_peft_diffusion.runs.folder import FinishedRun
+from dp_peft_diffusion.runs.state import save_state, training_tensors
 from dp_peft_diffusion.sharing.export import export
 
 __all__ = ["FinishedRun", "Prepared", "RunResult", "plan_text", "prepare", "run", "train"]
@@ -40,68 +41,77 @@ class RunResult:
     private_folder: Path
 
 
-def train(recipe: Recipe, output_dir: Path | str) -> RunResult:
-    """Train an adapter as the recipe says and write the shareable folder.
+def train(recipe: Recipe, output_dir: Path | str, key: bytes | None = None) -> RunResult:
+    """Train an adapter as the recipe says and write the shareable folder; go on with a run that was interrupted.
+
+    key: 16 bytes for the random streams, for tests and replay. Whoever knows it can take the noise off, so the
+        certificate says that it was given, and `verify` refuses the folder.
 
     Raises:
         UserError: anything the user can mend, before any privacy is spent.
+        RunError: what an interrupted run left is damaged, or the disk is full.
         FinishedRun: this run was finished before.
     """
-    return run(prepare(recipe, output_dir))
+    return run(prepare(recipe, output_dir), key)
 
 
-def run(prepared: Prepared) -> RunResult:
-    """Train, export, check the export with stock tools, and publish the folder.
+def run(prepared: Prepared, key: bytes | None = None, escrow_key: Path | None = None) -> RunResult:
+    """Train, export, check the export with stock tools, publish the folder, delete the key.
+
+    key: as for `train`. escrow_key: a file that gets a copy of the key, for replay.
 
     Raises:
-        RunError: the disk is full. Steps begun are in the ledger; nothing was published.
+        RunError: the disk is full, or another process is at this run. What was begun can go on.
     """
-    folders, key = prepared.run, new_key()
+    folders = prepared.run
     try:
-        folders.create(prepared.requested, key)
-        (folders.private / "recipe.yaml").write_text(to_yaml(prepared.recipe))
-        write_problems(prepared.images, folders.private / "problems.csv")
-        train_steps(prepared, key)
-        certificate = export(
-            folders.staging,
-            prepared.recipe,
-            prepared.base,
-            prepared.adapter,
-            prepared.mechanism,
-            prepared.gamma_source,
-        )
-        if prepared.recipe.privacy.no_privacy:
-            folders.close()  # stays in the private folder: there is no promise to share it under
-            return RunResult(folders.staging, None, folders.private)
-        folders.publish()
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        with folders.locked():
+            record, streams = begin(prepared, key, escrow_key)
+            train_steps(prepared, streams)
+            certificate = export(
+                folders.staging,
+                prepared.recipe,
+                prepared.base,
+                prepared.adapter,
+                prepared.promise,
+                prepared.gamma_source,
+                record.key_source,
+                "escrowed" if record.escrowed else "deleted",
+            )
+            if certificate is None:
+                folders.close()  # stays in the private folder: there is no promise to share it under
+                return RunResult(folders.staging, None, folders.private)
+            folders.publish()
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise RunError(
-            f"the disk is full: {error}. Nothing was published; {folders.ledger} lists the steps that were spent. "
-            f"Make room and start afresh with another --output_dir, or remove {folders.private}."
+            f"the disk is full: {error}. Nothing was published and nothing is lost: make room, then type the same "
+            f"command to go on. {folders.ledger} lists the steps that were begun."
         ) from error
-    finally:
-        folders.forget_key()
     return RunResult(folders.folder, certificate, folders.private)
 
 
 def train_steps(prepared: Prepared, key: bytes) -> None:
-    """All planned steps. Leaves the trained (or averaged) weights in `prepared.adapter`."""
+    """All planned steps, from the last saved state on. Leaves the trained (or averaged) weights in the adapter.
+
+    key: of this attempt's streams.
+    """
     recipe, mechanism, clipper = prepared.recipe, prepared.mechanism, prepared.clipper
     parameters = clipper.parameters  # invariant 10: what is clipped is what trains
     optimizer = make_optimizer(recipe.train.optimizer, parameters, recipe.train.learning_rate)
     ema = Ema(parameters, recipe.train.ema_decay)
-    loss_fn, ledger = make_loss(prepared.base, recipe.train.mixed_precision), Ledger(prepared.run.ledger)
+    loss_fn = make_loss(prepared.base, recipe.train.mixed_precision)
+    ledger = Ledger(prepared.run.ledger, prepared.attempt)
+    first = restore_state(prepared, key, ledger, optimizer, ema)
+    if first == 0:
+        write_grid(prepared, 0)
     spent = epsilon_so_far(prepared)
-    write_grid(prepared, 0)
-    minutes = prepared.minutes_per_step  # measured on made-up images: how long a private batch takes is private
-    bar = tqdm(
-        range(mechanism.steps), desc="train", bar_format="{desc} {percentage:3.0f}%|{bar}| {n}/{total} {postfix}"
-    )
-    for step in bar:
+    for step in progress(prepared, first, spent):
         ledger.begin(step)  # invariant 12: on disk before this step's noise is drawn
-        ids = example_ids(key, step, len(prepared.images), mechanism.sampling_prob)  # invariant 5
+        ids = example_ids(
+            key, step, len(prepared.images), mechanism.sampling_prob, mechanism.truncated_batch_size
+        )  # invariant 5
         total = clipper.zeros()
         for chunk in micro_batches(ids, recipe.train.micro_batch_size):
             batch = make_batch(recipe, prepared.base, *prepared.images.read(chunk), chunk.clip(0), key, step)
@@ -111,13 +121,28 @@ def train_steps(prepared: Prepared, key: bytes) -> None:
         apply_update(optimizer, parameters, noisy, mechanism.expected_batch_size)
         ema.update()
         record_metrics(prepared, step + 1, noisy, spent[step])
-        promise = f"epsilon {spent[step]:.3g} of {spent[-1]:.3g}" if spent[-1] else "NOT PRIVATE"
-        bar.set_postfix_str(f"{promise}, about {(mechanism.steps - step - 1) * minutes:.1f} min left")
         if recipe.sample.every and (step + 1) % recipe.sample.every == 0 and step + 1 < mechanism.steps:
             with ema.applied():
                 write_grid(prepared, step + 1)
+        if (step + 1) % recipe.train.checkpointing_steps == 0 or step + 1 == mechanism.steps:
+            fsync_tree(prepared.run.staging)
+            save_state(prepared.run.private, key, step + 1, training_tensors(parameters, optimizer, ema))
+    ledger.close()
     ema.copy_to(parameters)
     write_grid(prepared, mechanism.steps)
+
+
+def progress(prepared: Prepared, first: int, spent: list[float | None]) -> Iterator[int]:
+    """The steps from `first` on, with a bar that shows what is public."""
+    steps, promise = prepared.mechanism.steps, "NOT PRIVATE"
+    minutes = prepared.minutes_per_step  # measured on made-up images: how long a private batch takes is private
+    layout = "{desc} {percentage:3.0f}%|{bar}| {n}/{total} {postfix}"
+    bar = tqdm(range(first, steps), desc="train", initial=first, total=steps, bar_format=layout)
+    for step in bar:
+        yield step
+        if spent[-1]:
+            promise = f"epsilon {spent[step]:.3g} of {spent[-1]:.3g}"
+        bar.set_postfix_str(f"{promise}, about {(steps - step - 1) * minutes:.1f} min left")
 
 
 def privatize(prepared: Prepared, total: Gradients, key: bytes, step: int) -> Gradients:
@@ -145,14 +170,6 @@ def record_metrics(prepared: Prepared, step: int, noisy: dict[str, torch.Tensor]
     }
     with open(prepared.run.staging / "metrics.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def write_problems(images: PrivateImages, path: Path) -> None:
-    """The records that count as nothing, for the data holder's eyes (invariant 17)."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", "name", "reason"])
-        writer.writerows(images.problems)
 
 
 def write_grid(prepared: Prepared, step: int) -> None:

@@ -12,6 +12,7 @@ os.environ["MPLBACKEND"] = "Agg"
 _home = tempfile.TemporaryDirectory(prefix="dp-peft-tests-")
 os.environ["HF_HOME"] = _home.name
 os.environ["MPLCONFIGDIR"] = _home.name
+os.environ["XDG_STATE_HOME"] = _home.name  # the ledgers of data sets
 
 # A slow machine is no counterexample.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -17,17 +17,19 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 LAYERS = (
     ("cli",),
     ("evaluation",),
+    ("replay",),
     ("training", "pretraining"),
-    ("plan",),
+    ("attempt", "plan"),
     ("preparation",),
     ("rehearsal",),
     ("batches",),
     ("sharing",),
     ("diffusion",),
+    ("runs",),
     ("gradients",),
     ("privacy",),
-    ("recipe", "run_folder", "environment"),
-    ("strict_yaml", "typed_fields"),
+    ("recipe", "environment"),
+    ("strict_yaml", "typed_fields", "durable"),
     ("errors",),
 )
 ROW = {room: row for row, rooms in enumerate(LAYERS) for room in rooms}

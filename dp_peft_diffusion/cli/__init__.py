@@ -8,6 +8,7 @@ from dp_peft_diffusion.cli.images import evaluate, sample
 from dp_peft_diffusion.cli.machine import env
 from dp_peft_diffusion.cli.planning import plan
 from dp_peft_diffusion.cli.program import Program
+from dp_peft_diffusion.cli.spending import spent
 from dp_peft_diffusion.cli.training import pretrain, train
 from dp_peft_diffusion.environment import installed
 
@@ -37,5 +38,5 @@ def main() -> None:
     """
 
 
-for _command in (train, sample, verify, inspect_folder, plan, evaluate, pretrain, bench, env):
+for _command in (train, sample, verify, inspect_folder, plan, spent, evaluate, pretrain, bench, env):
     main.add_command(_command)

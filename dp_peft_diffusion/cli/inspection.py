@@ -1,17 +1,25 @@
 """Read a shareable folder without torch and without trusting it."""
 
-import json
+import math
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.privacy.strict_form import number, whole
+from dp_peft_diffusion.privacy.untrusted import (
+    EXPONENTS,
+    SafetensorsHeader,
+    any_safetensors_header,
+    float32_chunks,
+    read_json,
+)
 
 JSON_FILES = ("adapter_config.json", "privacy.json")
-_NUMPY_TYPES = {"F64", "F32", "F16"}
+MAX_FACTOR, MAX_RANK = 1 << 23, 2048  # numbers and rank of LoRA matrices that are multiplied; more would take long
 
 
 def inspect_files(folder: Path) -> dict[str, Any]:
@@ -20,7 +28,8 @@ def inspect_files(folder: Path) -> dict[str, Any]:
     files: path -> bytes. safetensors: path -> {"metadata", "tensors", "changes"}.
 
     Raises:
-        UserError: no such folder, no safetensors file in it, or a file that cannot be read.
+        UserError: no such folder, or no safetensors file in it.
+        PrivacyError: a file that is too big, or not what its name says.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder. Give the folder that `dp-peft train` wrote.")
@@ -28,47 +37,51 @@ def inspect_files(folder: Path) -> dict[str, Any]:
     weights = [path for path in paths if path.suffix == ".safetensors"]
     if not weights:
         raise UserError(f"{folder} holds no .safetensors file. Give the folder that `dp-peft train` wrote.")
-    config = read_json(folder / "adapter_config.json")
+    said = {name: read_json(folder / name) if (folder / name).is_file() else None for name in JSON_FILES}
+    scale = lora_scale(said["adapter_config.json"])
     return {
         "folder": str(folder),
         "files": {str(path.relative_to(folder)): path.stat().st_size for path in paths},
-        "safetensors": {str(path.relative_to(folder)): read_weights(path, lora_scale(config)) for path in weights},
-        **{name: read_json(folder / name) for name in JSON_FILES},
+        "safetensors": {str(path.relative_to(folder)): read_weights(path, scale) for path in weights},
+        **said,
     }
 
 
 def read_weights(path: Path, scale: float) -> dict[str, Any]:
     """One safetensors file: all its metadata, each tensor's type, shape and norm, and the change of each LoRA pair."""
-    try:
-        with safe_open(path, "np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            types = {name: part.get_dtype() for name, part in slices.items()}
-            arrays = {name: file.get_tensor(name) for name in slices if types[name] in _NUMPY_TYPES}
-            metadata = file.metadata() or {}
-            shapes = {name: part.get_shape() for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a safetensors file: {error}. Ask for the folder again.") from error
+    header = any_safetensors_header(path)
     tensors = {
-        name: {"dtype": types[name], "shape": shapes[name], "norm": norm(arrays[name]) if name in arrays else None}
-        for name in sorted(slices)
+        name: {"dtype": dtype, "shape": list(shape), "norm": norm(path, header, name) if dtype in EXPONENTS else None}
+        for name, (dtype, shape) in sorted(header.tensors.items())
     }
-    return {"metadata": metadata, "tensors": tensors, "changes": changes(arrays, scale)}
+    shapes = {name: shape for name, (dtype, shape) in header.tensors.items() if dtype in EXPONENTS}
+    return {
+        "metadata": header.metadata,
+        "tensors": tensors,
+        "changes": changes(shapes, lambda name: _matrix(path, header, name), scale),
+    }
 
 
-def changes(arrays: dict[str, np.ndarray], scale: float) -> dict[str, float]:
+def changes(
+    shapes: Mapping[str, tuple[int, ...]], matrix: Callable[[str], np.ndarray], scale: float
+) -> dict[str, float]:
     """Frobenius norm of scale * B @ A, by module: how far the adapter moves each weight of the base.
 
-    Convolutions have A (rank, in, h, w) and B (out, rank, 1, 1); flattened they are matrices like the rest.
+    shapes: name -> shape. matrix: name -> the tensor in float64, flattened to (first dimension, all others).
+    Convolutions have A (rank, in, h, w) and B (out, rank, 1, 1). Pairs of tensors above `MAX_FACTOR` are left out.
     """
     found = {}
-    for name, a in arrays.items():
+    for name, a in shapes.items():
         module = re.split(r"\.lora_(?:embedding_)?A\b", name)
-        b = arrays.get(re.sub(r"\.lora_(embedding_)?A\b", r".lora_\1B", name))
-        if len(module) != 2 or b is None or min(a.ndim, b.ndim) < 2 or not a.size or not b.size:
+        partner = re.sub(r"\.lora_(embedding_)?A\b", r".lora_\1B", name)
+        b = shapes.get(partner, ())
+        if len(module) != 2 or min(len(a), len(b)) < 2 or not 0 < max(math.prod(a), math.prod(b)) <= MAX_FACTOR:
             continue
-        left, right = (matrix.reshape(len(matrix), -1).astype(np.float64) for matrix in (b, a))
-        if left.shape[1] == right.shape[0]:
-            found[module[0].removeprefix("base_model.model.")] = scale * norm(left @ right)
+        if a[0] == math.prod(b[1:]) <= MAX_RANK:
+            left, right = matrix(partner), matrix(name)
+            # |B A|^2 = <B'B, A A'>: matrices of the rank's size, however large the product
+            square = float(((left.T @ left) * (right @ right.T)).sum())
+            found[module[0].removeprefix("base_model.model.")] = scale * max(square, 0.0) ** 0.5
     return found
 
 
@@ -77,23 +90,16 @@ def lora_scale(config: Any) -> float:
     if not isinstance(config, dict):
         return 1.0
     alpha, rank = config.get("lora_alpha"), config.get("r")
-    return alpha / rank if isinstance(alpha, int | float) and isinstance(rank, int) and rank > 0 else 1.0
+    return float(alpha or 0) / (rank or 1) if number(0, 1e9)(alpha) and whole(1, 10**9)(rank) else 1.0
 
 
-def norm(array: np.ndarray) -> float:
-    """Frobenius norm, summed in float64."""
-    return float(np.linalg.norm(array.astype(np.float64)))
+def _matrix(path: Path, header: SafetensorsHeader, name: str) -> np.ndarray:
+    numbers = np.concatenate([np.zeros(0, np.float32), *float32_chunks(path, header, name)])
+    return numbers.astype(np.float64).reshape(header.tensors[name][1][0], -1)
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; None if there is no such file.
-
-    Raises:
-        UserError: it is not JSON.
-    """
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}. Ask for the folder again.") from error
+def norm(path: Path, header: SafetensorsHeader, name: str) -> float:
+    """Frobenius norm of a tensor, summed in float64."""
+    return (
+        math.fsum(float(np.square(part, dtype=np.float64).sum()) for part in float32_chunks(path, header, name)) ** 0.5
+    )

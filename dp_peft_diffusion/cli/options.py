@@ -13,6 +13,7 @@ from dp_peft_diffusion.recipe import PretrainRecipe, Recipe
 from dp_peft_diffusion.typed_fields import flag, options
 
 _METAVARS = {str: "TEXT", int: "INTEGER", float: "NUMBER"}
+OWN_OPTIONS = ("recipe", "config", "output_dir", "dry_run", "new_attempt", "escrow_key")  # of commands, not of a recipe
 format_option = click.option(
     "--format", "style", type=click.Choice(["human", "json"]), default="human", help="For people, or for programs."
 )
@@ -75,9 +76,7 @@ def recipe_options(recipe: Recipe | PretrainRecipe) -> Callable[[Callable[..., A
 
 def given_options(ctx: click.Context) -> dict[str, Any]:
     """What the user typed, by recipe key: {"privacy.epsilon": 1.0}. A field that was not typed is absent."""
-    named = {
-        name: value for name, value in ctx.params.items() if name not in ("recipe", "config", "output_dir", "dry_run")
-    }
+    named = {name: value for name, value in ctx.params.items() if name not in OWN_OPTIONS}
     return {
         name.replace("__", ".", 1): value
         for name, value in named.items()

@@ -58,8 +58,5 @@ def _usage(error: click.UsageError) -> str:
 def _interrupted(ctx: click.Context) -> NoReturn:
     hint("\nStopped, as you asked.")
     if ctx.invoked_subcommand == "train":
-        hint(
-            "An unfinished run is not resumed. If its steps had begun, their privacy is spent and nothing shareable "
-            "was written; to start afresh, give another --output_dir, or remove the folder of this run."
-        )
+        hint("Nothing is lost and nothing shareable was written. Type the same command to go on.")
     ctx.exit(INTERRUPTED)

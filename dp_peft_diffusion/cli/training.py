@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +25,33 @@ _config = click.option("--config", metavar="FILE", type=click.Path(path_type=Pat
     "--output_dir", type=click.Path(path_type=Path), help="Folder of the run.  [runs/RECIPE_OR_DATA-epsEPSILON]"
 )
 @click.option("--dry_run", "-n", is_flag=True, help="Print the plan and stop.")
+@click.option("--new_attempt", is_flag=True, help="Begin an interrupted run anew; the steps it began are charged.")
+@click.option(
+    "--escrow_key",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Keep the secret key here for a replay; whoever has it can take the noise off.",
+)
 @recipe_options(Recipe())
 @click.pass_context
 def train(ctx: click.Context, **params: Any) -> None:
     """Train an adapter privately, into a folder to share.
 
     Options stand over the recipe, the recipe over the values in brackets; `none` takes a value away. With neither
-    a recipe, nor a base, nor a data set, the recipe is digits, which needs no download.
+    a recipe, nor a base, nor a data set, the recipe is digits, which needs no download. The same command resumes a run
+    that was interrupted.
     """
     flags = given_options(ctx)
     recipe, name = choose_recipe(params["recipe"], params["config"], flags)
     folder = params["output_dir"] or Path("runs") / run_name(recipe, name)
 
+    from dp_peft_diffusion.runs.escrow import check_place
     from dp_peft_diffusion.training import FinishedRun, plan_text, prepare, run
 
+    if params["escrow_key"] is not None:
+        check_place(params["escrow_key"], folder)
     try:
-        prepared = prepare(recipe, folder)
+        prepared = prepare(recipe, folder, params["new_attempt"])
     except FinishedRun as finished:
         click.echo(f"This run is finished: {finished.folder}. Nothing was trained and no privacy was spent.")
         next_commands(finished.folder, recipe)
@@ -48,7 +60,8 @@ def train(ctx: click.Context, **params: Any) -> None:
     if params["dry_run"]:
         click.echo("Nothing was trained. Remove --dry_run to start.")
         return
-    result = run(prepared)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends as Ctrl-C does
+    result = run(prepared, escrow_key=params["escrow_key"])
     if result.certificate is None:
         click.echo(f"Done, WITHOUT privacy and not to be shared: {result.folder}")
     else:

@@ -1,28 +1,13 @@
 """The adapter: inject one of the kinds, list what trains, give it to stock peft, load, merge."""
 
 import copy
-import json
-import re
 import warnings
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import (
-    IA3Config,
-    LNTuningConfig,
-    LoKrConfig,
-    LoraConfig,
-    OFTConfig,
-    PeftConfig,
-    PeftModel,
-    VeraConfig,
-    get_peft_model,
-    get_peft_model_state_dict,
-)
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 from torch import nn
 
 from dp_peft_diffusion import recipe
@@ -35,27 +20,13 @@ from dp_peft_diffusion.diffusion.class_rows import (
     code_directions,
     with_class_rows,
 )
-from dp_peft_diffusion.errors import RunError, UserError
+from dp_peft_diffusion.errors import PrivacyError, RunError, UserError
+from dp_peft_diffusion.privacy.adapter_files import holds_whole_model, read_adapter
+from dp_peft_diffusion.privacy.adapter_layers import check_fit
+from dp_peft_diffusion.privacy.model_files import check_model
 
 # peft says so of LNTuningConfig on any layer but LayerNorm; the tests show that it works.
 warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning, "peft")
-
-MAX_RANK = 256
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-MODEL_FOLDER = "unet"  # of a folder that holds a whole model, not an adapter
-
-PEFT_CONFIGS: dict[str, type[PeftConfig]] = {
-    "LORA": LoraConfig,
-    "IA3": IA3Config,
-    "LOKR": LoKrConfig,
-    "OFT": OFTConfig,
-    "VERA": VeraConfig,
-    "LN_TUNING": LNTuningConfig,
-}
-SIZES = {"LORA": "r", "LOKR": "r", "OFT": "oft_block_size", "VERA": "r"}
-_SAID = {"base_model_name_or_path", "revision", "peft_type", "peft_version", "auto_mapping", "inference_mode"}
-_SAID |= {"target_modules", "rank_pattern", "alpha_pattern", "r", "oft_block_size", "lora_alpha", "alpha", "use_dora"}
-_SAID |= {"projection_prng_key", "d_initial", "trainable_token_indices"}
 
 
 @dataclass(frozen=True)
@@ -183,18 +154,17 @@ def whole_model(base: BaseModel, adapter: Adapter) -> nn.Module:
     return unet.requires_grad_(False).eval()
 
 
-def holds_whole_model(folder: Path | str) -> bool:
-    """Whether a shareable folder holds a whole model and not an adapter."""
-    return (Path(folder) / MODEL_FOLDER).is_dir()
-
-
 def load_adapter(model: nn.Module, folder: Path | str) -> PeftModel:
-    """Load a shareable folder onto a base UNet with stock peft, after checking the files.
+    """Load a shareable folder onto a base UNet with stock peft, after checking the files and that they fit.
 
     Raises:
-        UserError: the files are not an adapter as this tool writes it, or do not fit the base.
+        PrivacyError: the files say what our adapter kinds never write.
+        UserError: there is no adapter, or it does not fit the base.
     """
-    names = check_adapter_files(Path(folder))
+    if holds_whole_model(folder):
+        raise UserError(f"{folder} holds a whole model, not an adapter. Use merge_adapter, or load it as a base.")
+    files = read_adapter(Path(folder))
+    check_fit(files.config, files.layers, _shapes(model), "this model")
     try:
         loaded = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
         held = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
@@ -202,9 +172,28 @@ def load_adapter(model: nn.Module, folder: Path | str) -> PeftModel:
         raise UserError(
             f"adapter {folder} does not fit the base: {error}. Is --base the base it was trained on?"
         ) from error
-    if held != names:
-        raise UserError(f"adapter {folder}: its tensors do not fit the base: {sorted(held ^ names)[:4]}. Wrong --base?")
+    if held != files.tensors:  # peft would leave the missing ones at random
+        raise UserError(
+            f"adapter {folder}: peft wants other tensors: {sorted(held ^ files.tensors)[:4]}. Wrong --base?"
+        )
     return loaded.eval()
+
+
+def load_whole_model(folder: Path | str) -> BaseModel:
+    """The net in a shareable folder that trained as a whole, after checking the files.
+
+    Raises:
+        PrivacyError: the files say what we never write, or are not all of a net.
+    """
+    shapes = check_model(Path(folder))
+    loaded = load_base(str(folder))
+    if _shapes(loaded.unet) != shapes:
+        raise PrivacyError(f"the model in {folder} has not exactly the weights that its config.json promises.")
+    return loaded
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def merge_adapter(model: nn.Module, folder: Path | str, weight: float = 1.0) -> nn.Module:
@@ -214,8 +203,8 @@ def merge_adapter(model: nn.Module, folder: Path | str, weight: float = 1.0) -> 
     """
     base_weights = {name: value.clone() for name, value in model.float().state_dict().items()}
     if holds_whole_model(folder):
-        merged = load_base(str(folder)).unet.float().to(next(iter(base_weights.values())).device)
-        if {n: v.shape for n, v in merged.state_dict().items()} != {n: v.shape for n, v in base_weights.items()}:
+        merged = load_whole_model(folder).unet.float().to(next(iter(base_weights.values())).device)
+        if _shapes(merged) != _shapes(model):
             raise UserError(f"the model in {folder} is not of the shape of the base. Give the base it was trained on.")
     else:
         merged = load_adapter(model, folder).merge_and_unload()
@@ -224,64 +213,3 @@ def merge_adapter(model: nn.Module, folder: Path | str, weight: float = 1.0) -> 
             for name, value in merged.state_dict().items():
                 value.copy_(torch.lerp(base_weights[name], value, weight))
     return merged.eval()
-
-
-def check_adapter_files(folder: Path) -> set[str]:
-    """Refuse what a stranger's file could hurt with, before peft sees it; return its tensor names.
-
-    Raises:
-        UserError: a file is missing, or says something that this tool never writes.
-    """
-    if holds_whole_model(folder):
-        raise UserError(f"{folder} holds a whole model, not an adapter. Use merge_adapter, or load it as a base.")
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise UserError(
-                f"adapter {folder}: no {name} there. --adapter wants the folder that `dp-peft train` wrote."
-            )
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:
-        raise UserError(f"adapter {folder} cannot be read: {error}") from error
-    problem = _config_problem(config) or _tensor_problem(tensors, config)
-    if problem:
-        raise UserError(f"adapter {folder}: {problem}")
-    return set(tensors)
-
-
-def _config_problem(config: dict[str, Any]) -> str | None:
-    kind = config.get("peft_type")
-    if kind not in PEFT_CONFIGS:
-        return f"peft_type {kind!r}; this version opens {', '.join(PEFT_CONFIGS)}."
-    targets = config.get("target_modules")
-    if not isinstance(targets, list) or not all(map(_is_plain_name, targets)):
-        return "target_modules must be a list of plain module names."
-    for key in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):  # peft takes names there for patterns
-        if not all(map(_is_plain_name, config.get(key) or {})):
-            return f"{key} must be of plain module names."
-    for value in [*([config.get(SIZES[kind])] if kind in SIZES else []), *(config.get("rank_pattern") or {}).values()]:
-        if not isinstance(value, int) or not 1 <= value <= MAX_RANK:
-            return f"rank {value!r} is not between 1 and {MAX_RANK}."
-    usual = {field.name: field.default for field in fields(PEFT_CONFIGS[kind])}
-    usual |= {"bias": config.get("bias") if config.get("bias") in ("none", "all") else "none"}
-    usual |= {"modules_to_save": [CLASS_TABLE], "save_projection": True}
-    for key, value in config.items():
-        if key not in _SAID and value and value != usual.get(key):
-            return f"{key} {value!r} in {CONFIG_FILE} is nothing that this tool writes."
-    return None
-
-
-def _is_plain_name(name: Any) -> bool:
-    return isinstance(name, str) and re.fullmatch(r"[\w.]{1,200}", name) is not None
-
-
-def _tensor_problem(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> str | None:
-    rank = config.get("r")
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            return f"{name} holds numbers that are not finite."
-        if ".lora_A." in name and tensor.shape[0] != rank or ".lora_B." in name and tensor.shape[1] != rank:
-            return f"{name} of shape {tuple(tensor.shape)} is not of rank {rank}."
-    return None

@@ -12,8 +12,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.privacy.model_files import BUILTIN_BASES
 
-BUILTIN_BASES = Path(__file__).resolve().parent.parent / "bases"
 LAYOUT_FILE = "dp_peft_base.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
@@ -85,6 +85,8 @@ def load_base(name: str, revision: str | None = None) -> BaseModel:
         raise UserError(
             f"--pretrained_model_name_or_path {name!r} could not be opened as a diffusers UNet2DModel: {error}"
         ) from error
+    if missing := [key for key, value in unet.state_dict().items() if value.is_meta]:  # diffusers only warns of it
+        raise UserError(f"--pretrained_model_name_or_path {name!r} lacks weights: {', '.join(missing[:4])}.")
     unet.requires_grad_(False).eval()
     return BaseModel(unet, scheduler, _load_layout(folder, revision), name, revision, subfolder, fingerprint(unet))
 

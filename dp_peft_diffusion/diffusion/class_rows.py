@@ -12,8 +12,7 @@ from torch import nn
 
 from dp_peft_diffusion.diffusion.base_model import BaseLayout, BaseModel
 from dp_peft_diffusion.errors import UserError
-
-CLASS_TABLE = "class_embedding"  # what diffusers calls it
+from dp_peft_diffusion.privacy.adapter_form import CLASS_TABLE
 
 
 class ClassRows(nn.Module):

@@ -2,21 +2,29 @@
 
 A record is a row as listed: a file of an image folder (sorted paths), a row of parquet files (sorted files). Its id is
 its position in that listing, never a name or a hash of its content, and N counts rows before anything is decoded. A row
-that cannot be decoded, or has no valid label, is the null record: black image, label 0, weight 0 (invariants 1 and 17).
+that cannot be decoded, has no valid label or group, or is over its group's cap, is the null record: black image, label
+0, weight 0 (invariants 1 and 17).
 """
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
+from PIL import Image
 
 from dp_peft_diffusion.diffusion.decoding import MODES, decode, image_extensions, silence
-from dp_peft_diffusion.diffusion.listing import HUB_NAME, Listing, hub_error, list_rows, parquet_files
+from dp_peft_diffusion.diffusion.listing import HUB_NAME, Listing, Row, hub_error, list_rows, parquet_files
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.recipe import Data
+
+MAX_REASON = 200  # characters; a broken label may have millions
 
 
 class Problem(NamedTuple):
@@ -30,7 +38,9 @@ class Problem(NamedTuple):
 class PrivateImages:
     """Every row of a data set, decoded once and held as bytes; `len` is N, the number of rows as listed.
 
-    Attributes: `class_names` (tuple, or None when unlabelled), `problems` (rows that are null records).
+    Attributes: `class_names` (tuple, or None when unlabelled), `problems` (rows that are null records), `source_digest`
+    (SHA-256 over the images as stored, in order; the same for every base, resolution, label column and class list).
+    Problems and digests identify the data: for the private folder only (invariant 13).
     """
 
     def __init__(
@@ -40,13 +50,23 @@ class PrivateImages:
         weights: torch.Tensor,  # (N + 1,) float32
         class_names: tuple[str, ...] | None,
         problems: list[Problem],
+        source_digest: bytes,
     ):
         self._pixels, self._labels, self._weights = pixels, labels, weights
         self.class_names = class_names
         self.problems = problems
+        self.source_digest = source_digest
 
     def __len__(self) -> int:
         return len(self._pixels) - 1
+
+    @property
+    def content_digest(self) -> bytes:
+        """SHA-256 over all that can shape an update: pixels, labels, weights and class names."""
+        digest = hashlib.sha256(json.dumps([self.class_names, self._pixels.shape]).encode())
+        for tensor in (self._pixels, self._labels, self._weights):
+            digest.update(tensor.numpy().data.cast("B"))
+        return digest.digest()
 
     def read(self, ids: Sequence[int] | np.ndarray | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Images (b, c, s, s) float32 in [-1, 1], labels (b,) int64, weights (b,) float32: 0 for a null record.
@@ -80,8 +100,12 @@ def open_examples(data: Data, resolution: int, channels: int, cache_dir: Path | 
     unlabelled. Class names come from `data.class_names`, or the names of sub-folders or of a ClassLabel column, which
     declares them public; never from the rows.
 
+    With `data.group_column`, which parquet files and Hub data sets have, the first `max_examples_per_group` readable
+    rows of a group are used. A row that cannot be read takes no place of its group. Missing values, empty text and NaN
+    are no group. So what a row is depends on the rows of its group alone.
+
     Raises:
-        UserError: no such data set, split or column; no rows; class names that must be given.
+        UserError: no such data set, split or column; no rows; too many for memory; class names that must be given.
     """
     if channels not in MODES:
         raise UserError(
@@ -93,21 +117,40 @@ def open_examples(data: Data, resolution: int, channels: int, cache_dir: Path | 
         raise UserError(f"{data.dataset_name!r}, split {data.split!r}, holds no images. Files that count: {kinds}.")
     class_names = _class_names(data, listing)
     n = listing.num_rows
-    pixels = np.zeros((n + 1, channels, resolution, resolution), np.uint8)
+    try:
+        pixels = np.zeros((n + 1, channels, resolution, resolution), np.uint8)
+    except MemoryError:  # whose own message tells N, which may be private
+        raise UserError(f"{data.dataset_name!r} does not fit into memory. Choose a base of smaller images.") from None
     labels, weights = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.float32)
-    problems = []
+    problems, digest, used = [], hashlib.sha256(), Counter[Hashable]()
     with silence():
         for index, row in enumerate(listing.rows):
+            digest.update(_image_digest(row.image))
             try:
-                image, value = row.read()
-                label = _label(value, listing.label_names, class_names)
-                pixels[index] = decode(image, resolution, channels, data.center_crop)
+                label = _label(_plain(row.label), listing.label_names, class_names)
+                group = _group(row, data, used)
+                if row.image is None:
+                    raise ValueError("no image")
+                pixels[index] = decode(row.image, resolution, channels, data.center_crop)
                 labels[index], weights[index] = label, 1
+                used[group] += 1
             except Exception as error:  # whatever is wrong with a record must not stop the run (invariant 17)
                 name = row.name.encode("utf-8", "backslashreplace").decode()  # file names may be no UTF-8
-                problems.append(Problem(index, name, f"{type(error).__name__}: {error}"))
+                problems.append(Problem(index, name, f"{type(error).__name__}: {error}"[:MAX_REASON]))
     arrays = torch.from_numpy(pixels), torch.from_numpy(labels), torch.from_numpy(weights)
-    return PrivateImages(*arrays, class_names, problems)
+    return PrivateImages(*arrays, class_names, problems, digest.digest())
+
+
+def source_digest(data: Data, cache_dir: Path | None = None) -> bytes:
+    """The `source_digest` that `open_examples` gives, without decoding.
+
+    Raises:
+        UserError: no such data set, split or column.
+    """
+    digest = hashlib.sha256()
+    for row in list_rows(data, cache_dir).rows:
+        digest.update(_image_digest(row.image))
+    return digest.digest()
 
 
 def open_dataset(name: str, split: str = "train") -> datasets.Dataset:
@@ -149,6 +192,39 @@ def _class_names(data: Data, listing: Listing) -> tuple[str, ...] | None:
     if own is not None and (unknown := [name for name in given if name not in own]):
         raise UserError(f"--class_names: {data.dataset_name!r} has no {', '.join(unknown)}; it has {', '.join(own)}.")
     return tuple(given)
+
+
+def _image_digest(image: Path | bytes | Image.Image | None) -> bytes:
+    """SHA-256 of an image as stored; zeros where there is none, or it cannot be read."""
+    if isinstance(image, Path):
+        try:
+            with open(image, "rb") as file:
+                return hashlib.file_digest(file, "sha256").digest()
+        except OSError:
+            return bytes(32)
+    if isinstance(image, Image.Image):
+        image = image.tobytes()
+    return bytes(32) if image is None else hashlib.sha256(image).digest()
+
+
+def _plain(value: Any) -> Any:
+    return value.as_py() if isinstance(value, pa.Scalar) else value
+
+
+def _group(row: Row, data: Data, used: Counter[Hashable]) -> Hashable:
+    """Whose image it is; None without groups. Its value is private and in no message.
+
+    Raises:
+        ValueError: it is nobody's, or `used` says that its owner has no place left.
+    """
+    if data.group_column is None:
+        return None
+    group = _plain(row.group)
+    if group is None or group == "" or group != group:
+        raise ValueError("no group")
+    if used[group] == data.max_examples_per_group:
+        raise ValueError(f"its group has {data.max_examples_per_group} images before it")
+    return group
 
 
 def _label(value: Any, own_names: tuple[str, ...] | None, class_names: tuple[str, ...] | None) -> int:

@@ -13,10 +13,11 @@ import torch
 from diffusers import SchedulerMixin
 from PIL import Image
 
-from dp_peft_diffusion.diffusion.adapters import holds_whole_model, merge_adapter
+from dp_peft_diffusion.diffusion.adapters import load_whole_model, merge_adapter
 from dp_peft_diffusion.diffusion.base_model import BaseModel, load_base
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.privacy import certificate
+from dp_peft_diffusion.privacy.adapter_files import holds_whole_model
 from dp_peft_diffusion.recipe import Recipe, load_recipe
 
 SCHEDULERS = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "dpmsolver++": "DPMSolverMultistepScheduler"}
@@ -165,7 +166,7 @@ def base_of(folder: Path, recipe: Recipe, base: str | None) -> BaseModel:
         UserError: nobody says where the base lies, or it is another than was trained on.
     """
     if holds_whole_model(folder):
-        return load_base(str(folder))
+        return load_whole_model(folder)
     name = recipe.model.pretrained_model_name_or_path
     if base is None and name.startswith("./"):
         raise UserError(f"{folder} was trained on a base in a local folder. Say where it lies: --base PATH/{name[2:]}")

@@ -8,9 +8,8 @@ range. `datasets` resolves Hub names and reads ClassLabel names; the rows of a H
 import itertools
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,10 +30,12 @@ DIGITS_SPLITS = {"train": (0, 1437), "test": (1437, 1797), "choose": (1437, 1617
 
 
 class Row(NamedTuple):
-    """A row before decoding. `read` gives its image and its label, and may raise on a broken one."""
+    """A row as stored. A parquet row's label and group are pyarrow scalars, whose `as_py` may raise on a broken one."""
 
     name: str
-    read: Callable[[], tuple[Path | bytes | Image.Image, Any]]
+    image: Path | bytes | Image.Image | None
+    label: Any = None
+    group: Any = None
 
 
 class Listing(NamedTuple):
@@ -63,6 +64,11 @@ def list_rows(data: Data, cache_dir: Path | None) -> Listing:
 
 
 def _check_fixed_columns(data: Data) -> None:
+    if data.group_column is not None:
+        raise UserError(
+            f"--group_column {data.group_column}: {data.dataset_name!r} has no columns. Put images, labels and groups "
+            "into a .parquet file, and give that as --dataset_name."
+        )
     if data.image_column != "image" or data.label_column not in (None, "label"):
         unknown = data.image_column if data.image_column != "image" else data.label_column
         raise UserError(f"no column {unknown!r}: {data.dataset_name!r} has the columns image, label.")
@@ -80,9 +86,7 @@ def _list_digits(data: Data) -> Listing:
     order = np.random.RandomState(0).permutation(1797)  # the one numpy stream promised never to change (NEP 19)
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     first, last = DIGITS_SPLITS[split]
-    rows = (
-        Row(f"digit {i}", partial(_pair, Image.fromarray(images[i]), int(bunch.target[i]))) for i in order[first:last]
-    )
+    rows = (Row(f"digit {i}", Image.fromarray(images[i]), int(bunch.target[i])) for i in order[first:last])
     return Listing(last - first, rows, tuple(map(str, range(10))), True)
 
 
@@ -100,7 +104,7 @@ def _list_folder(root: Path, data: Data) -> Listing:
     found = itertools.chain(root.iterdir(), *((root / folder).rglob("*") for folder in folders))
     names = sorted(path.relative_to(root).parts for path in found if path.suffix.lower() in extensions)
     names = [parts for parts in names if not any(p.startswith(".") for p in parts) and root.joinpath(*parts).is_file()]
-    rows = (Row("/".join(p), partial(_pair, root.joinpath(*p), p[0] if len(p) > 1 else None)) for p in names)
+    rows = (Row("/".join(p), root.joinpath(*p), p[0] if len(p) > 1 else None) for p in names)
     return Listing(len(names), rows, tuple(folders), bool(folders))
 
 
@@ -161,17 +165,25 @@ def hub_error(name: str, error: Exception) -> UserError:
 
 def _list_parquet(files: Sequence[Path | str], data: Data, features: datasets.Features | None) -> Listing:
     """`features`: what stands over the files' own metadata, if anything."""
-    wanted = [column for column in (data.image_column, data.label_column) if column is not None]
-    num_rows, label_names = 0, []
+    columns = (data.image_column, data.label_column, data.group_column)
+    wanted = list(dict.fromkeys(column for column in columns if column is not None))
+    num_rows, label_names, group_types = 0, [], set()
     for path in files:
         with _parquet(path) as file:
             num_rows += file.metadata.num_rows
             _check_columns(path, file.schema_arrow, data)
             feature = (features or datasets.Features.from_arrow_schema(file.schema_arrow)).get(data.label_column)
             label_names.append(tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None)
+            if data.group_column is not None:
+                group_types.add(file.schema_arrow.field(data.group_column).type)
     if len(set(label_names)) > 1:
         raise UserError(
             f"{data.dataset_name!r}: its files disagree about the class names. Give one file or rewrite them."
+        )
+    if len(group_types) > 1:  # else 7 in one file and "7" in another would be two owners
+        raise UserError(
+            f"{data.dataset_name!r}: its files hold column {data.group_column!r} as "
+            f"{' and as '.join(sorted(map(str, group_types)))}. Rewrite them with one type."
         )
 
     def rows() -> Iterator[Row]:
@@ -179,23 +191,15 @@ def _list_parquet(files: Sequence[Path | str], data: Data, features: datasets.Fe
             position = itertools.count()
             with _parquet(path) as file:
                 for batch in file.iter_batches(16, columns=wanted):
-                    images = batch.column(data.image_column)
-                    labels = batch.column(data.label_column) if data.label_column else [None] * len(batch)
-                    for image, label in zip(images, labels, strict=True):
-                        yield Row(f"{Path(path).name} row {next(position)}", partial(_values, image, label))
+                    values = [batch.column(name) if name else [None] * len(batch) for name in columns]
+                    for image, label, group in zip(*values, strict=True):
+                        yield Row(f"{Path(path).name} row {next(position)}", _encoded(image), label, group)
 
     return Listing(num_rows, rows(), label_names[0], data.label_column is not None)
 
 
-def _pair(image: Path | Image.Image, label: int | str | None) -> tuple[Path | Image.Image, int | str | None]:
-    return image, label
-
-
-def _values(image: pa.Scalar, label: pa.Scalar | None) -> tuple[bytes, Any]:
-    encoded = image["bytes"] if isinstance(image, pa.StructScalar) else image
-    if not encoded.is_valid:
-        raise ValueError("no image")
-    return encoded.as_py(), None if label is None else label.as_py()
+def _encoded(image: pa.Scalar) -> bytes | None:
+    return (image["bytes"] if isinstance(image, pa.StructScalar) else image).as_py()
 
 
 @contextmanager
@@ -213,14 +217,17 @@ def _parquet(path: Path | str) -> Iterator[pq.ParquetFile]:
 
 
 def _check_columns(path: Path | str, schema: pa.Schema, data: Data) -> None:
-    for column, option in ((data.image_column, "--image_column"), (data.label_column, "--label_column")):
+    single = {"label": data.label_column, "group": data.group_column}
+    for kind, column in ({"image": data.image_column} | single).items():
         if column is not None and column not in schema.names:
-            raise UserError(f"{str(path)!r} has no column {column!r}; it has {', '.join(schema.names)}. Set {option}.")
-    kind = schema.field(data.image_column).type
-    encoded = kind.get_field_index("bytes") >= 0 if pa.types.is_struct(kind) else False
-    if not (encoded or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+            has = ", ".join(schema.names)
+            raise UserError(f"{str(path)!r} has no column {column!r}; it has {has}. Set --{kind}_column.")
+    stored = schema.field(data.image_column).type
+    encoded = stored.get_field_index("bytes") >= 0 if pa.types.is_struct(stored) else False
+    if not (encoded or pa.types.is_binary(stored) or pa.types.is_large_binary(stored)):
         raise UserError(
-            f"{str(path)!r}: column {data.image_column!r} holds {kind}, not encoded images. Set --image_column."
+            f"{str(path)!r}: column {data.image_column!r} holds {stored}, not encoded images. Set --image_column."
         )
-    if data.label_column is not None and pa.types.is_nested(schema.field(data.label_column).type):
-        raise UserError(f"{str(path)!r}: column {data.label_column!r} holds no single label. Set --label_column.")
+    for kind, column in single.items():
+        if column is not None and pa.types.is_nested(schema.field(column).type):
+            raise UserError(f"{str(path)!r}: column {column!r} holds no single {kind}. Set --{kind}_column.")

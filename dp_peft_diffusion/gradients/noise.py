@@ -8,11 +8,15 @@ from dp_peft_diffusion.errors import PrivacyError
 from dp_peft_diffusion.gradients.functional import Gradients
 from dp_peft_diffusion.privacy.randomness import Purpose, generator
 
+SUMMANDS = 4
+
 
 def add_noise(total: Gradients, noise_stddev: float, key: bytes, step: int) -> Gradients:
     """Add N(0, noise_stddev^2) to every number of a clipped sum; once for each logical step (invariant 7).
 
-    One stream for each step, read in the order of `total`; added in float64, cast to float32 once.
+    One stream for each step, read in the order of `total`; added in float64, cast to float32 once. Each number is the
+    sum of 4 normals over 2 (Holohan and Braghin 2021, arXiv 2107.10138): the doubles that one normal can take have
+    gaps, which can tell what it was added to; nobody can list the sums of four.
 
     Args:
         total: {name: clipped sum float64}, summed over all micro-batches of the step.
@@ -31,6 +35,7 @@ def add_noise(total: Gradients, noise_stddev: float, key: bytes, step: int) -> G
     stream = generator(key, Purpose.NOISE, step)
     noisy = {}
     for name, tensor in total.items():
-        noise = torch.as_tensor(noise_stddev * stream.standard_normal(tuple(tensor.shape)), dtype=torch.float64)
+        normal = sum(stream.standard_normal(tuple(tensor.shape)) for _ in range(SUMMANDS)) / math.sqrt(SUMMANDS)
+        noise = torch.as_tensor(noise_stddev * normal, dtype=torch.float64)
         noisy[name] = (tensor.double() + noise.to(tensor.device)).float()
     return noisy

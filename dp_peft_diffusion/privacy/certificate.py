@@ -9,27 +9,29 @@ import importlib.metadata
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dp_peft_diffusion.errors import PrivacyError, UserError
-from dp_peft_diffusion.privacy import accounting
 from dp_peft_diffusion.privacy.certificate_form import (
     ADAPTER_FILES,
     ALSO_HASHED,
     COVERS,
-    EVENT,
     EXCLUDES,
+    FILE_NAME,
     MODEL_FILES,
     SCHEMA,
-    UNIT,
+    assumptions,
     check_form,
+    event_name,
+    unit,
 )
-from dp_peft_diffusion.privacy.certificate_levels import LEVELS
-from dp_peft_diffusion.privacy.mechanism import DPMechanism
-from dp_peft_diffusion.privacy.promise import guarantee, promised_epsilon, statement
+from dp_peft_diffusion.privacy.ranges import round_up
 from dp_peft_diffusion.privacy.untrusted import read_json, sha256_of
 
-FILE_NAME = "privacy.json"
+if TYPE_CHECKING:
+    from dp_peft_diffusion.privacy.mechanism import DPMechanism
+    from dp_peft_diffusion.privacy.promise import Promise, Release
+
 CANNOT_PROVE = (
     "that training ran with the parameters recorded here",
     "that the noise was random and its key stayed secret",
@@ -56,10 +58,8 @@ class VerifyReport:
 
 
 def certificate(
-    mechanism: DPMechanism,
+    promise: "Promise",
     *,
-    delta: float,
-    epsilon: float | None,
     clipping: str,
     gamma: float | None,
     noise_multiplicity: int,
@@ -67,43 +67,47 @@ def certificate(
     base: dict[str, str | None],
     folder: Path,
     key_source: str = "os",
+    key_after_export: str = "deleted",
     gradient_check: str = "passed",
 ) -> dict[str, Any]:
     """The content of privacy.json for the files that lie in `folder`.
 
     Args:
-        mechanism: with its noise multiplier; `steps` is the planned number.
-        delta: of the promise.
-        epsilon: asked for by the user; None states the price, rounded up.
+        promise: from `make_promise`; its mechanism's `steps` is the planned number.
         clipping: "flat" (gamma None) or "automatic".
         gamma: of automatic clipping, chosen from public images.
         noise_multiplicity: K.
-        public_inputs: name -> text, number, bool, None or a list of these; N is added under zero_out.
+        public_inputs: name -> text, number, bool, None or a list of these; N is added where it is public.
         base: name, revision (None for a built-in) and sha256 of the base model.
         folder: holds `ADAPTER_FILES`, or `MODEL_FILES` where the whole net trained, and may hold `ALSO_HASHED`.
         key_source: "os", or "given" when somebody chose the key, which `verify` refuses.
+        key_after_export: "deleted", or "escrowed" when somebody keeps it for a replay.
         gradient_check: whether the start-up self-check of per-example gradients "passed" or was "skipped".
 
     Raises:
-        UserError: the mechanism costs more than `epsilon`.
         PrivacyError: a file is missing.
     """
-    figures = guarantee(mechanism, promised_epsilon(mechanism, delta, epsilon), delta)
+    from dp_peft_diffusion.privacy.promise import guarantee, statement
+
+    figures, mechanism = guarantee(promise), promise.mechanism
     known_n = {} if mechanism.num_examples is None else {"num_examples": mechanism.num_examples}
     own_choices = {"clipping": clipping, "gamma": gamma, "noise_multiplicity": noise_multiplicity}
+    other_releases = [_release(release) for release in promise.prior]
     return {
         "schema": SCHEMA,
-        "statement": statement(figures, mechanism.neighboring_relation, mechanism.num_examples),
+        "statement": statement(promise, figures),
         "guarantee": figures,
-        "unit": UNIT,
+        "unit": unit(mechanism.max_examples_per_group),
         "neighboring_relation": mechanism.neighboring_relation,
         "mechanism": _mechanism(mechanism) | own_choices,
-        "accounting": _accounting(mechanism, delta),
+        "accounting": _accounting(promise),
         "public_inputs": {**public_inputs, **known_n},
-        "tuning": "undeclared",
-        "other_releases": [],
+        "tuning": {"runs": promise.tuning_runs, "priced": "composition"} if promise.tuning_runs else "undeclared",
+        "other_releases": other_releases,
+        "assumptions": assumptions(other_releases),
         "base": {"name": base["name"], "revision": base["revision"], "sha256": base["sha256"]},
         "key_source": key_source,
+        "key_after_export": key_after_export,
         "gradient_check": gradient_check,
         "covers": COVERS,
         "excludes": EXCLUDES,
@@ -111,25 +115,39 @@ def certificate(
     }
 
 
-def _mechanism(mechanism: DPMechanism) -> dict[str, Any]:
+def _mechanism(mechanism: "DPMechanism") -> dict[str, Any]:
     return {
-        "event": EVENT,
+        "event": event_name(mechanism.truncated_batch_size, mechanism.max_examples_per_group),
         "sampling_prob": mechanism.sampling_prob,
         "noise_multiplier": mechanism.noise_multiplier,
         "count": mechanism.steps,  # invariant 16: planned, whenever the run ended
         "max_grad_norm": mechanism.max_grad_norm,
         "expected_batch_size": mechanism.expected_batch_size,
+        "truncated_batch_size": mechanism.truncated_batch_size,
+        "max_examples_per_group": mechanism.max_examples_per_group,
     }
 
 
-def _accounting(mechanism: DPMechanism, delta: float) -> dict[str, Any]:
+def _release(release: "Release") -> dict[str, Any]:
+    return {
+        "mechanism": _mechanism(release.mechanism),
+        "num_examples": release.mechanism.num_examples,
+        "runs": release.runs,
+        "source": release.source,
+    }
+
+
+def _accounting(promise: "Promise") -> dict[str, Any]:
+    from dp_peft_diffusion.privacy import accounting
+
+    by_rdp = promise.priced_by_rdp
     return {
         "accountant": "pld",
         "library": "dp-accounting",
         "version": importlib.metadata.version("dp-accounting"),
-        "discretization_interval": accounting.DISCRETIZATION_INTERVAL,
-        "epsilon_priced": mechanism.epsilon(delta),
-        "epsilon_rdp": accounting.epsilon(mechanism.event, delta, mechanism.neighboring_relation, "rdp"),
+        "discretization_interval": accounting.interval_of(promise.event, promise.mechanism.neighboring_relation),
+        "epsilon_priced": round_up(promise.priced, 6),
+        "epsilon_rdp": None if by_rdp is None else round_up(by_rdp, 6),
     }
 
 
@@ -184,6 +202,8 @@ def verify(folder: str | Path) -> VerifyReport:
         document = read(folder)
     except PrivacyError as error:
         return VerifyReport(False, None, (("certificate", False, str(error)),))
+    from dp_peft_diffusion.privacy.certificate_levels import LEVELS  # and with it the accountants, not before
+
     levels = [("certificate", True, f"{FILE_NAME} has the form {SCHEMA}.")]
     for name, check in LEVELS.items():
         try:

@@ -1,17 +1,22 @@
 """The strict form of privacy.json: exactly these keys, types and ranges, so that nothing else can travel in it."""
 
 import math
-import re
-from collections.abc import Callable
 from typing import Any
 
 from dp_peft_diffusion.errors import PrivacyError
-from dp_peft_diffusion.privacy import accounting
-from dp_peft_diffusion.privacy.promise import FALSE_POSITIVE_RATES, PROFILE_DELTAS
+from dp_peft_diffusion.privacy import ranges
+from dp_peft_diffusion.privacy.strict_form import number, one_of, or_none, shown, text, whole
+from dp_peft_diffusion.recipe import NEIGHBORING_RELATIONS
 
-SCHEMA = "dp-peft/privacy/1"
-UNIT = "one record: one image with its label"
-EVENT = "self-composed Poisson-sampled Gaussian"
+FILE_NAME = "privacy.json"
+SCHEMA = "dp-peft/privacy/2"
+FALSE_POSITIVE_RATES = (0.001, 0.01, 0.1)
+PROFILE_DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10)
+INTERVALS = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3, 1.28e-2)  # of the discretized privacy loss
+POISSON = "self-composed Poisson-sampled Gaussian"
+TRUNCATED = "self-composed truncated Poisson-sampled Gaussian"
+GROUPS = "self-composed mixture of Gaussians, of Poisson-sampled groups"
+EARLIER_ATTEMPT = "an earlier attempt of this run"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "recipe.yaml")
 MODEL_FILES = (  # where the whole net trained
     "unet/config.json",
@@ -28,42 +33,27 @@ COVERS = [
 ]
 EXCLUDES = [
     "the base model, and whatever it was trained on",
-    "anything else released from the same records",
-    "options chosen by looking at earlier runs on the same records",
-    "several records of one person: each is protected by itself only",
+    "anything released from the same records and not listed here",
+    "options chosen by looking at runs on the same records that tuning does not count",
+    "records of one person beyond the unit stated here",
     "the public inputs listed here",
 ]
+COMPUTATIONAL = (
+    "The guarantee is computational: the noise comes from Philox, keyed by HKDF-SHA256 from a secret key, and no proof "
+    "says that nobody can tell it from true noise."
+)
+KEY_FATE = (
+    "What became of the key after export is declared by whoever trained. A deleted key may live on: neither "
+    "solid-state drives nor backups forget."
+)
+NOT_CHOSEN = "The parameters of each release were fixed without looking at the releases that are composed with it."
 
-Rule = Callable[[Any], bool]
-
-
-def _number(low: float, high: float) -> Rule:
-    return lambda value: type(value) in (int, float) and low <= value <= high
-
-
-def _count(high: int) -> Rule:
-    return lambda value: type(value) is int and 1 <= value <= high
-
-
-def _one_of(*allowed: object) -> Rule:
-    return lambda value: any(type(value) is type(one) and value == one for one in allowed)
-
-
-def _text(longest: int) -> Rule:
-    return lambda value: isinstance(value, str) and 0 < len(value) <= longest
-
-
-def _or_none(rule: Rule) -> Rule:
-    return lambda value: value is None or rule(value)
-
-
-def _sha256(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+_SHA256 = text("[0-9a-f]{64}")
 
 
 def _profile(value: Any) -> bool:
     """Points (epsilon, delta) at exactly the deltas of `PROFILE_DELTAS`."""
-    epsilon = _number(0, 1e6)
+    epsilon = number(0, 1e6)
     return (
         isinstance(value, list)
         and all(isinstance(point, dict) and set(point) == {"epsilon", "delta"} for point in value)
@@ -81,7 +71,7 @@ def _public_inputs(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and len(value) <= 64
-        and all(_text(64)(name) for name in value)
+        and all(text(r"(?s).{1,64}")(name) for name in value)
         and all(all(map(scalar, item)) if isinstance(item, list) else scalar(item) for item in value.values())
     )
 
@@ -90,51 +80,95 @@ def _file_hashes(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and any(set(files) <= set(value) <= {*files, *ALSO_HASHED} for files in (ADAPTER_FILES, MODEL_FILES))
-        and all(map(_sha256, value.values()))
+        and all(map(_SHA256, value.values()))
     )
 
 
+def _runs(value: Any) -> bool:
+    return value == "undeclared" or (
+        isinstance(value, dict)
+        and set(value) == {"runs", "priced"}
+        and whole(1, ranges.MAX_RUNS)(value["runs"])
+        and value["priced"] == "composition"
+    )
+
+
+_PRICED: dict[str, Any] = {  # what a price is computed from
+    "event": one_of(POISSON, TRUNCATED, GROUPS),
+    "sampling_prob": number(*ranges.SAMPLING_PROBS),
+    "noise_multiplier": number(*ranges.NOISE_MULTIPLIERS),
+    "count": whole(1, ranges.MAX_STEPS),
+    "max_grad_norm": number(1e-9, 1e9),
+    "expected_batch_size": number(1e-9, 1e12),
+    "truncated_batch_size": or_none(whole(1, ranges.MAX_EXAMPLES)),
+    "max_examples_per_group": whole(1, ranges.MAX_EXAMPLES_PER_GROUP),
+}
+_RELEASE: dict[str, Any] = {
+    "mechanism": _PRICED,
+    "num_examples": or_none(whole(1, ranges.MAX_EXAMPLES)),
+    "runs": whole(1, ranges.MAX_RUNS),
+    "source": text(rf"{EARLIER_ATTEMPT}|(an earlier attempt of )?certificate [0-9a-f]{{64}}"),
+}
 _FORM: dict[str, Any] = {
-    "schema": _one_of(SCHEMA),
-    "statement": _text(4000),
+    "schema": one_of(SCHEMA),
+    "statement": text(r"(?s).{1,4000}"),
     "guarantee": {
-        "epsilon": _number(0, accounting.EPSILONS[1]),
-        "delta": _number(*accounting.DELTAS),
-        "mu_gdp": _number(0, 1e3),
+        "epsilon": number(0, ranges.EPSILONS[1]),
+        "delta": number(*ranges.DELTAS),
+        "mu_gdp": number(0, 1e3),
+        "mu_gdp_smallest_delta": one_of(PROFILE_DELTAS[-1]),
         "profile": _profile,
-        "max_tpr_at_fpr": {f"{rate:g}": _number(0, 1) for rate in FALSE_POSITIVE_RATES},
+        "max_tpr_at_fpr": {f"{rate:g}": number(0, 1) for rate in FALSE_POSITIVE_RATES},
+        "epsilon_replace_one": or_none(number(0, 1e6)),
+        "epsilon_per_image": or_none(number(0, 1e6)),
     },
-    "unit": _one_of(UNIT),
-    "neighboring_relation": _one_of(*accounting.NEIGHBORING_RELATIONS),
+    "unit": text(r"(?s).{1,200}"),
+    "neighboring_relation": one_of(*NEIGHBORING_RELATIONS),
     "mechanism": {
-        "event": _one_of(EVENT),
-        "sampling_prob": _number(*accounting.SAMPLING_PROBS),
-        "noise_multiplier": _number(*accounting.NOISE_MULTIPLIERS),
-        "count": _count(accounting.MAX_STEPS),
-        "max_grad_norm": _number(1e-9, 1e9),
-        "expected_batch_size": _number(1e-9, 1e12),
-        "clipping": _one_of("flat", "automatic"),
-        "gamma": _or_none(_number(math.ulp(0.0), 1e9)),
-        "noise_multiplicity": _count(1_000_000),
+        **_PRICED,
+        "clipping": one_of("flat", "automatic"),
+        "gamma": or_none(number(math.ulp(0.0), 1e9)),
+        "noise_multiplicity": whole(1, 1_000_000),
     },
     "accounting": {
-        "accountant": _one_of("pld"),
-        "library": _one_of("dp-accounting"),
-        "version": _text(40),
-        "discretization_interval": _one_of(accounting.DISCRETIZATION_INTERVAL),
-        "epsilon_priced": _number(0, accounting.EPSILONS[1]),
-        "epsilon_rdp": _number(0, 1e6),
+        "accountant": one_of("pld"),
+        "library": one_of("dp-accounting"),
+        "version": text(r"(?s).{1,40}"),
+        "discretization_interval": one_of(*INTERVALS),
+        "epsilon_priced": number(0, ranges.EPSILONS[1]),
+        "epsilon_rdp": or_none(number(0, 1e6)),
     },
     "public_inputs": _public_inputs,
-    "tuning": _one_of("undeclared"),
-    "other_releases": _one_of([]),
-    "base": {"name": _text(1000), "revision": _or_none(_text(200)), "sha256": _sha256},
-    "key_source": _one_of("os", "given"),
-    "gradient_check": _one_of("passed", "skipped"),
-    "covers": _one_of(COVERS),
-    "excludes": _one_of(EXCLUDES),
+    "tuning": _runs,
+    "other_releases": lambda value: isinstance(value, list) and len(value) <= ranges.MAX_RELEASES,
+    "assumptions": lambda value: isinstance(value, list),
+    "base": {"name": text(r"(?s).{1,1000}"), "revision": or_none(text(r"(?s).{1,200}")), "sha256": _SHA256},
+    "key_source": one_of("os", "given"),
+    "key_after_export": one_of("deleted", "escrowed"),
+    "gradient_check": one_of("passed", "skipped"),
+    "covers": one_of(COVERS),
+    "excludes": one_of(EXCLUDES),
     "sha256": _file_hashes,
 }
+
+
+def event_name(truncated_batch_size: int | None, max_examples_per_group: int) -> str:
+    """What is priced, in words."""
+    if truncated_batch_size is not None:
+        return TRUNCATED
+    return GROUPS if max_examples_per_group > 1 else POISSON
+
+
+def unit(max_examples_per_group: int) -> str:
+    """What the promise is for, in words."""
+    if max_examples_per_group == 1:
+        return "one record: one image with its label"
+    return f"one group: all images of one owner with their labels, of which at most {max_examples_per_group} are used"
+
+
+def assumptions(other_releases: list[Any]) -> list[str]:
+    """What the promise rests on beside mathematics."""
+    return [COMPUTATIONAL, KEY_FATE, *([NOT_CHOSEN] if other_releases else [])]
 
 
 def check_form(document: Any) -> None:
@@ -144,16 +178,28 @@ def check_form(document: Any) -> None:
         PrivacyError: anything differs; the message names the first difference.
     """
     _check(document, _FORM, "")
-    automatic = document["mechanism"]["clipping"] == "automatic"
-    if automatic != (document["mechanism"]["gamma"] is not None):
+    for index, release in enumerate(document["other_releases"]):
+        _check(release, _RELEASE, f"other_releases.{index}")
+    mechanism = document["mechanism"]
+    automatic = mechanism["clipping"] == "automatic"
+    if automatic != (mechanism["gamma"] is not None):
         raise PrivacyError("privacy.json: gamma belongs to automatic clipping, and to no other.")
+    for priced in (mechanism, *(release["mechanism"] for release in document["other_releases"])):
+        if priced["event"] != event_name(priced["truncated_batch_size"], priced["max_examples_per_group"]):
+            raise PrivacyError(f"privacy.json: the event {priced['event']!r} is not what its parameters say.")
+    for name, words in (
+        ("unit", unit(mechanism["max_examples_per_group"])),
+        ("assumptions", assumptions(document["other_releases"])),
+    ):
+        if document[name] != words:
+            raise PrivacyError(f"privacy.json at {name}: not the words that belong to this certificate.")
 
 
 def _check(value: Any, rule: Any, path: str) -> None:
     where = f"privacy.json{path and ' at '}{path}"
     if not isinstance(rule, dict):
         if not rule(value):
-            raise PrivacyError(f"{where}: {str(value)[:60]!r} is not allowed there.")
+            raise PrivacyError(f"{where}: {shown(value)} is not allowed there.")
         return
     if not isinstance(value, dict):
         raise PrivacyError(f"{where} is not a JSON object.")

@@ -5,32 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from dp_peft_diffusion.errors import PrivacyError
-from dp_peft_diffusion.privacy import accounting
 from dp_peft_diffusion.privacy.certificate_form import ADAPTER_FILES, ALSO_HASHED, MODEL_FILES
-from dp_peft_diffusion.privacy.mechanism import DPMechanism
+from dp_peft_diffusion.privacy.composition import promise_of
 from dp_peft_diffusion.privacy.promise import guarantee, statement
 from dp_peft_diffusion.privacy.untrusted import safetensors_header, sha256_of
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npz", ".npy", ".h5", ".onnx")
 RECORDED_PRECISION = 1 - 1e-3  # of recorded figures against recomputed ones, across versions of the accountant
-
-
-def mechanism_of(document: dict[str, Any]) -> DPMechanism:
-    """The recorded mechanism.
-
-    Raises:
-        UserError: its numbers do not fit together.
-    """
-    recorded = document["mechanism"]
-    return DPMechanism(
-        sampling_prob=recorded["sampling_prob"],
-        steps=recorded["count"],
-        noise_multiplier=recorded["noise_multiplier"],
-        max_grad_norm=recorded["max_grad_norm"],
-        expected_batch_size=recorded["expected_batch_size"],
-        num_examples=document["public_inputs"].get("num_examples"),
-        neighboring_relation=document["neighboring_relation"],
-    )
 
 
 def _check_files(folder: Path, document: dict[str, Any]) -> str:
@@ -54,7 +35,7 @@ def _check_weights(folder: Path, document: dict[str, Any]) -> str:
 
 
 def _check_mechanism(folder: Path, document: dict[str, Any]) -> str:
-    mechanism = mechanism_of(document)
+    mechanism = promise_of(document).mechanism
     if mechanism.num_examples is None:
         return "The number of records is private; sampling probability and expected batch size were given."
     return (
@@ -64,39 +45,70 @@ def _check_mechanism(folder: Path, document: dict[str, Any]) -> str:
 
 
 def _check_epsilon(folder: Path, document: dict[str, Any]) -> str:
-    mechanism = mechanism_of(document)
-    epsilon, delta = document["guarantee"]["epsilon"], document["guarantee"]["delta"]
-    priced = mechanism.epsilon(delta)
-    if not priced <= epsilon:
-        raise PrivacyError(f"The recorded mechanism costs epsilon {priced:.6g} at delta {delta:g}, not {epsilon:g}.")
-    looser = accounting.epsilon(mechanism.event, delta, mechanism.neighboring_relation, "rdp")
+    promise = promise_of(document)
+    promise.mechanism.check_delta(promise.delta)
+    priced, delta = promise.priced, promise.delta
+    composed = ", composed as stated," if promise.tuning_runs or promise.prior else ""
+    if not priced <= promise.epsilon:
+        raise PrivacyError(
+            f"The recorded mechanism{composed} costs epsilon {priced:.6g} at delta {delta:g}, not {promise.epsilon:g}."
+        )
+    by_rdp = promise.priced_by_rdp
+    beside = "RDP has no price for it" if by_rdp is None else f"{by_rdp:.4g} by the looser RDP"
     return (
-        f"The recorded mechanism costs epsilon {priced:.6g} at delta {delta:g} (PLD; {looser:.4g} by the looser RDP), "
-        f"at most the promised {epsilon:g}."
+        f"The recorded mechanism{composed} costs epsilon {priced:.6g} at delta {delta:g} (PLD; {beside}), "
+        f"at most the promised {promise.epsilon:g}."
     )
 
 
 def _check_figures(folder: Path, document: dict[str, Any]) -> str:
-    mechanism, recorded = mechanism_of(document), document["guarantee"]
-    known = guarantee(mechanism, recorded["epsilon"], recorded["delta"])
+    promise, recorded = promise_of(document), document["guarantee"]
+    known, priced = guarantee(promise), document["accounting"]
     pairs = [("mu_gdp", recorded["mu_gdp"], known["mu_gdp"])]
+    pairs += [(name, recorded[name], known[name]) for name in ("epsilon_replace_one", "epsilon_per_image")]
     for rate, odds in known["max_tpr_at_fpr"].items():
         pairs.append((f"max_tpr_at_fpr at {rate}", recorded["max_tpr_at_fpr"][rate], odds))
     for point, true_point in zip(recorded["profile"], known["profile"], strict=True):
         pairs.append((f"profile at delta {point['delta']:g}", point["epsilon"], true_point["epsilon"]))
-    pairs.append(("epsilon_priced", document["accounting"]["epsilon_priced"], mechanism.epsilon(recorded["delta"])))
+    pairs.append(("epsilon_priced", priced["epsilon_priced"], promise.priced))
+    pairs.append(("epsilon_rdp", priced["epsilon_rdp"], promise.priced_by_rdp))
     for name, stated, recomputed in pairs:
-        if not stated >= recomputed * RECORDED_PRECISION:
-            raise PrivacyError(f"{name} is stated as {stated:g}; the recorded mechanism gives {recomputed:g}.")
-    if document["statement"] != statement(recorded, mechanism.neighboring_relation, mechanism.num_examples):
+        if not _bounds(stated, recomputed):
+            raise PrivacyError(f"{name} is stated as {stated}; the recorded mechanism gives {recomputed}.")
+    if document["statement"] != statement(promise, recorded):
         raise PrivacyError("The statement does not say what the numbers say.")
-    return "mu-GDP, profile, attack odds and statement follow from the recorded mechanism."
+    return "mu-GDP, profile, attack odds, other units and statement follow from the recorded mechanism."
+
+
+def _bounds(stated: float | None, recomputed: float | None) -> bool:
+    """Whether a stated figure is at least the recomputed one, up to what versions of the accountant differ by."""
+    if stated is None or recomputed is None:
+        return stated is recomputed
+    return stated >= recomputed * RECORDED_PRECISION
+
+
+def _check_tuning(folder: Path, document: dict[str, Any]) -> str:
+    if document["tuning"] == "undeclared":
+        return "Undeclared: earlier runs on these records, from which options were chosen, would cost more."
+    return f"Declared: {document['tuning']['runs']} runs with this mechanism in all, every one of them paid for."
+
+
+def _check_releases(folder: Path, document: dict[str, Any]) -> str:
+    others = document["other_releases"]
+    if not others:
+        return "None listed. Whatever else was released from these records costs more."
+    sources = "; ".join(release["source"] for release in others)
+    return f"{len(others)} earlier, paid for within the promised epsilon: {sources}."
 
 
 def _check_key(folder: Path, document: dict[str, Any]) -> str:
     if document["key_source"] != "os":
         raise PrivacyError("The key of the noise was given by somebody, who can take the noise off. Do not share this.")
-    return "The key of the noise is recorded as drawn from the operating system."
+    fate = {
+        "deleted": "deleted after export; that is declared, and neither solid-state drives nor backups forget.",
+        "escrowed": "kept in escrow: whoever holds it can take the noise off.",
+    }
+    return f"Recorded: drawn from the operating system, {fate[document['key_after_export']]}"
 
 
 def _check_gradients(folder: Path, document: dict[str, Any]) -> str:
@@ -111,6 +123,8 @@ LEVELS: dict[str, Callable[[Path, dict[str, Any]], str]] = {
     "mechanism": _check_mechanism,
     "epsilon": _check_epsilon,
     "figures": _check_figures,
+    "tuning": _check_tuning,
+    "releases": _check_releases,
     "key": _check_key,
     "gradients": _check_gradients,
 }

@@ -22,6 +22,7 @@ class Purpose(enum.StrEnum):
     """What a stream is for."""
 
     SAMPLING = "sampling"
+    TRUNCATION = "truncation"
     NOISE = "noise"
     TIMESTEP = "timestep"
     DIFFUSION_NOISE = "diffusion_noise"
@@ -31,6 +32,22 @@ class Purpose(enum.StrEnum):
 def new_key() -> bytes:
     """16 secret bytes from the operating system."""
     return secrets.token_bytes(KEY_BYTES)
+
+
+def attempt_key(run_key: bytes, attempt: int, context: bytes) -> bytes:
+    """The key of all streams of one attempt at a run (invariant 12): the same for the same context, else another.
+
+    Args:
+        run_key: the run's secret, 16 bytes.
+        attempt: 1 for the first; each later one draws afresh.
+        context: digest of everything that shapes an update, so that no noise is used under two recipes.
+
+    Raises:
+        ValueError: the key is not 16 bytes.
+    """
+    if len(run_key) != KEY_BYTES:
+        raise ValueError(f"the key has {len(run_key)} bytes, not {KEY_BYTES}")
+    return hkdf_sha256(run_key, context, b"dp-peft/1/attempt/%d" % attempt, KEY_BYTES)
 
 
 def hkdf_sha256(key: bytes, salt: bytes, info: bytes, length: int) -> bytes:

@@ -1,22 +1,41 @@
-"""Read files from strangers without torch: strict JSON, the header of a safetensors file, hashes.
+"""Read files from strangers without torch: strict JSON, safetensors files, hashes.
 
-Everything here either returns plain, checked values or raises PrivacyError with a sentence.
+Everything here either returns plain, checked values or raises PrivacyError with a sentence. Nothing is opened that is
+not a regular file of bounded size, nothing is unpickled, and names inside a file are never used as paths.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import math
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+import numpy.typing as npt
+
 from dp_peft_diffusion.errors import PrivacyError
 
-MAX_JSON_BYTES = 1 << 20
+MAX_TEXT_BYTES = 1 << 20
+MAX_ADAPTER_BYTES = 256 << 20
+MAX_MODEL_BYTES = 2 << 30  # of a file of the name below, which holds a whole model
+MODEL_WEIGHTS = "diffusion_pytorch_model.safetensors"
 MAX_HEADER_BYTES = 1 << 20  # the format allows 100 MB, an adapter needs a few hundred kB
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,256}")
 BYTES_PER_NUMBER = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+# An exponent of all ones is an infinity or NaN (IEEE 754): the type of the bits, and the bits of the exponent.
+EXPONENTS = {
+    "F64": ("<u8", 0x7FF << 52),
+    "F32": ("<u4", 0xFF << 23),
+    "F16": ("<u2", 0x1F << 10),
+    "BF16": ("<u2", 0xFF << 7),
+}
+_CHUNK = 1 << 23  # bytes read at a time, so that memory stays small however large the file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +43,14 @@ class SafetensorsHeader:
     """What a safetensors file says it holds.
 
     Attributes:
-        metadata: the free-text part, of which only {"format": "pt"} is allowed (invariant 14).
-        tensors: name -> (dtype, shape).
+        metadata: the free-text part.
+        tensors: name -> (dtype, shape), in the order of the file.
+        begins: name -> the byte of the file at which the tensor begins.
     """
 
     metadata: dict[str, str]
     tensors: dict[str, tuple[str, tuple[int, ...]]]
+    begins: dict[str, int]
 
 
 def parse_json(text: bytes, name: str) -> Any:
@@ -54,49 +75,115 @@ def read_json(path: Path) -> Any:
     Raises:
         PrivacyError: the file is missing, too big or not strict JSON.
     """
-    return parse_json(_read(path, MAX_JSON_BYTES), path.name)
+    with _opened(path) as file:
+        return parse_json(file.read(MAX_TEXT_BYTES), path.name)
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a regular file, 64 hex digits.
+    """SHA-256 of a regular file of at most `byte_limit`, 64 hex digits.
 
     Raises:
-        PrivacyError: it is missing or cannot be read.
+        PrivacyError: it is missing, too big or cannot be read.
     """
-    _check_regular(path)
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise PrivacyError(f"{path.name} cannot be read: {error.strerror}.") from error
+    with _opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def byte_limit(path: Path) -> int:
+    """The size in bytes above which a file of this name is not opened."""
+    if path.suffix != ".safetensors":
+        return MAX_TEXT_BYTES
+    return MAX_MODEL_BYTES if path.name == MODEL_WEIGHTS else MAX_ADAPTER_BYTES
 
 
 def safetensors_header(path: Path) -> SafetensorsHeader:
-    """The header of a safetensors file, checked against the file's length.
+    """The header of a safetensors file that says nothing besides {"format": "pt"} (invariant 14), or nothing at all.
+
+    Raises:
+        PrivacyError: the file is missing, not such a file, or holds other metadata.
+    """
+    header = any_safetensors_header(path)
+    if header.metadata not in ({}, {"format": "pt"}):
+        raise PrivacyError(f'{path.name} holds metadata other than {{"format": "pt"}}: {ascii(header.metadata)[:200]}.')
+    return header
+
+
+def any_safetensors_header(path: Path) -> SafetensorsHeader:
+    """The header of a safetensors file, checked against the file's length, whatever metadata it holds.
 
     Tensors must be of a known type, lie one after another and fill the file to its end.
 
     Raises:
-        PrivacyError: the file is missing or not such a file.
+        PrivacyError: the file is missing, too big or not such a file.
     """
-    start = _read(path, 8 + MAX_HEADER_BYTES, truncate=True)
-    length = int.from_bytes(start[:8], "little")
-    if len(start) < 8 or length > MAX_HEADER_BYTES or len(start) < 8 + length:
+    with _opened(path) as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        text = file.read(length) if length <= MAX_HEADER_BYTES else b""
+        size = file.seek(0, 2)
+    if len(start) < 8 or length > MAX_HEADER_BYTES or len(text) < length:
         raise PrivacyError(
             f"{path.name} is no safetensors file: its header is cut off or above {MAX_HEADER_BYTES} bytes."
         )
-    header = parse_json(start[8 : 8 + length], f"the header of {path.name}")
+    header = parse_json(text, f"the header of {path.name}")
     if not isinstance(header, dict):
         raise PrivacyError(f"the header of {path.name} is not a JSON object.")
     metadata = header.pop("__metadata__", {})
-    if metadata not in ({}, {"format": "pt"}):
-        raise PrivacyError(f'{path.name} holds metadata other than {{"format": "pt"}}: {str(metadata)[:200]!r}.')
-    position = 0
-    for name, entry in sorted(header.items(), key=lambda item: _begin(path, item)):
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise PrivacyError(f"the metadata of {path.name} are not texts by name.")
+    entries, position = sorted(header.items(), key=lambda item: _begin(path, item)), 0
+    for name, entry in entries:
         position = _check_tensor(path, name, entry, position)
-    if 8 + length + position != path.stat().st_size:
+    if 8 + length + position != size:
         raise PrivacyError(f"{path.name} is cut off, or has bytes that belong to no tensor.")
-    return SafetensorsHeader(metadata, {name: (e["dtype"], tuple(e["shape"])) for name, e in header.items()})
+    return SafetensorsHeader(
+        metadata,
+        tensors={name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries},
+        begins={name: 8 + length + entry["data_offsets"][0] for name, entry in entries},
+    )
+
+
+def tensor_chunks(path: Path, header: SafetensorsHeader, name: str) -> Iterator[bytes]:
+    """The bytes of one tensor, a few MB at a time.
+
+    Raises:
+        PrivacyError: the file ends before its header said.
+    """
+    dtype, shape = header.tensors[name]
+    length = math.prod(shape) * BYTES_PER_NUMBER[dtype]
+    with _opened(path) as file:
+        file.seek(header.begins[name])
+        for begin in range(0, length, _CHUNK):
+            wanted = min(length - begin, _CHUNK)
+            chunk = file.read(wanted)
+            if len(chunk) < wanted:
+                raise PrivacyError(f"{path.name} grew shorter while it was read.")
+            yield chunk
+
+
+def check_finite(path: Path, header: SafetensorsHeader) -> None:
+    """Every number of every tensor is finite, and of a type that weights have.
+
+    Raises:
+        PrivacyError: a tensor holds NaN or an infinity, or is of another type; the message names it.
+    """
+    for name, (dtype, _) in header.tensors.items():
+        if dtype not in EXPONENTS:
+            raise PrivacyError(f"{path.name}: {name} is of type {dtype}, which no weights are.")
+        bits, exponent = EXPONENTS[dtype]
+        mask = np.array(exponent, bits)
+        if any(((np.frombuffer(chunk, bits) & mask) == mask).any() for chunk in tensor_chunks(path, header, name)):
+            raise PrivacyError(f"{path.name}: {name} holds numbers that are not finite.")
+
+
+def float32_chunks(path: Path, header: SafetensorsHeader, name: str) -> Iterator[npt.NDArray[np.float32]]:
+    """The numbers of one tensor of a type in `EXPONENTS`, as float32, a few million at a time."""
+    dtype = header.tensors[name][0]
+    for chunk in tensor_chunks(path, header, name):
+        if dtype == "BF16":  # the upper half of a float32
+            yield (np.frombuffer(chunk, "<u2").astype("<u4") << 16).view("<f4")
+        else:
+            yield np.frombuffer(chunk, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).astype("<f4")
 
 
 def _begin(path: Path, item: tuple[str, Any]) -> tuple[int, int]:
@@ -123,21 +210,17 @@ def _check_tensor(path: Path, name: str, entry: dict[str, Any], position: int) -
     return end
 
 
-def _read(path: Path, limit: int, truncate: bool = False) -> bytes:
-    _check_regular(path)
-    try:
-        with path.open("rb") as file:
-            content = file.read(limit + 1)
-    except OSError as error:
-        raise PrivacyError(f"{path.name} cannot be read: {error.strerror}.") from error
-    if len(content) > limit and not truncate:
-        raise PrivacyError(f"{path.name} is larger than {limit} bytes.")
-    return content
-
-
-def _check_regular(path: Path) -> None:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[io.BufferedReader]:
     if not path.is_file():  # false for a folder, a device and a pipe, on which reading would wait for ever
         raise PrivacyError(f"{path.name} is missing, or not a regular file.")
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size > byte_limit(path):
+                raise PrivacyError(f"{path.name} is larger than {byte_limit(path)} bytes.")
+            yield file
+    except OSError as error:
+        raise PrivacyError(f"{path.name} cannot be read: {error.strerror}.") from error
 
 
 def _refuse_constant(constant: str) -> NoReturn:

@@ -6,23 +6,15 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DModel
-from peft import PeftModel
 from safetensors import SafetensorError
 
-from dp_peft_diffusion.diffusion.adapters import (
-    CONFIG_FILE,
-    MODEL_FOLDER,
-    Adapter,
-    holds_whole_model,
-    to_peft,
-    whole_model,
-)
+from dp_peft_diffusion.diffusion.adapters import Adapter, load_adapter, load_whole_model, to_peft, whole_model
 from dp_peft_diffusion.diffusion.base_model import BaseModel, load_base, save_base
 from dp_peft_diffusion.diffusion.class_rows import without_spares
-from dp_peft_diffusion.errors import RunError
-from dp_peft_diffusion.privacy import certificate
-from dp_peft_diffusion.privacy.mechanism import DPMechanism
+from dp_peft_diffusion.errors import PrivacyError, RunError, UserError
+from dp_peft_diffusion.privacy import adapter_form, certificate, model_files
+from dp_peft_diffusion.privacy.adapter_files import holds_whole_model
+from dp_peft_diffusion.privacy.promise import Promise
 from dp_peft_diffusion.recipe import Recipe, to_yaml
 from dp_peft_diffusion.sharing.card import render_card
 
@@ -32,34 +24,33 @@ TOLERANCE = 1e-5  # largest difference of outputs between the trained and the re
 
 
 def export(
-    folder: Path, recipe: Recipe, base: BaseModel, adapter: Adapter, mechanism: DPMechanism, gamma_source: str | None
+    folder: Path,
+    recipe: Recipe,
+    base: BaseModel,
+    adapter: Adapter,
+    promise: Promise | None,
+    gamma_source: str | None,
+    key_source: str,
+    key_after_export: str,
 ) -> dict | None:
     """Write everything shareable into `folder` and check it; return the certificate.
 
+    promise: None with --no_privacy, and then no certificate is written.
     gamma_source: where the gamma of automatic clipping comes from; None for flat clipping.
-
-    With --no_privacy there is no promise: no certificate is written.
+    key_source, key_after_export: as `certificate.certificate` takes them.
 
     Raises:
         RunError: the files, loaded again, do not give back the trained adapter.
     """
-    try:
-        if adapter.config is None:
-            write_model(base, adapter, folder)
-        else:
-            write_adapter(base, adapter, folder)
-    except SafetensorError as error:  # a full disk, among others; it is no OSError
-        raise RunError(f"the weights could not be written to {folder}: {error}. Nothing was published.") from error
+    write_weights(base, adapter, folder)
     recipe = shareable_recipe(recipe)
     (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     check_reload(base, adapter.unet, recipe.adapter.class_rows, folder)
-    if recipe.privacy.no_privacy:
+    if promise is None:
         (folder / "README.md").write_text(NOT_PRIVATE)
         return None
     facts = certificate.certificate(
-        mechanism,
-        delta=recipe.privacy.delta,
-        epsilon=recipe.privacy.epsilon,
+        promise,
         clipping=recipe.privacy.clipping,
         gamma=recipe.privacy.gamma,
         noise_multiplicity=recipe.train.noise_multiplicity,
@@ -72,6 +63,8 @@ def export(
         },
         base={"name": public_base_name(base.name), "revision": base.revision, "sha256": base.sha256},
         folder=folder,
+        key_source=key_source,
+        key_after_export=key_after_export,
         gradient_check="skipped" if recipe.train.skip_self_check else "passed",  # else `prepare` had refused
     )
     grids = sorted(path.name for path in (folder / "samples").glob("step-*.png"))
@@ -88,29 +81,57 @@ def public_base_name(name: str) -> str:
 def shareable_recipe(recipe: Recipe) -> Recipe:
     """The resolved recipe with the place of the private images, and folders of this machine, taken out."""
     base = public_base_name(recipe.model.pretrained_model_name_or_path)
-    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, pretrained_model_name_or_path=base))
+    recipe = dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, pretrained_model_name_or_path=base),
+        privacy=dataclasses.replace(recipe.privacy, prior_event=None),  # the certificate names them
+    )
     if recipe.data.dataset_name.startswith("builtin:"):
         return recipe
     data = dataclasses.replace(recipe.data, dataset_name=DATA_PLACEHOLDER, dataset_config_name=None)
     return dataclasses.replace(recipe, data=data)
 
 
+def write_weights(base: BaseModel, adapter: Adapter, folder: Path) -> None:
+    """The trained weights as stock files: an adapter, or the whole net where all of it trained.
+
+    Raises:
+        RunError: they cannot be written.
+    """
+    try:
+        if adapter.config is None:
+            write_model(base, adapter, folder)
+        else:
+            write_adapter(base, adapter, folder)
+    except SafetensorError as error:  # a full disk, among others; it is no OSError
+        raise RunError(
+            f"the weights could not be written to {folder}: {error}. Nothing was published and nothing is lost: make "
+            "room, then type the same command to go on."
+        ) from error
+
+
 def write_adapter(base: BaseModel, adapter: Adapter, folder: Path) -> None:
-    """adapter_config.json and adapter_model.safetensors, as stock peft writes them, names sorted."""
+    """adapter_config.json and adapter_model.safetensors, as stock peft writes them, names sorted.
+
+    Keys of a newer peft are left out, since a reader of strangers' files could not tell what they do.
+    """
     to_peft(base, adapter).save_pretrained(folder, save_embedding_layers=False)
-    config = json.loads((folder / CONFIG_FILE).read_text())
+    path = folder / adapter_form.CONFIG_FILE
+    config = json.loads(path.read_text())
+    config = {key: value for key, value in config.items() if key in adapter_form.FORMS[config["peft_type"]]}
     config["base_model_name_or_path"] = public_base_name(base.name)
     config["target_modules"] = sorted(config["target_modules"])
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def write_model(base: BaseModel, adapter: Adapter, folder: Path) -> None:
     """The whole net as a base of its own: what `load_base` and stock `from_pretrained` read."""
     rows = () if adapter.class_rows is None else tuple(adapter.class_rows.rows.tolist())
     save_base(folder, whole_model(base, adapter), base.scheduler, without_spares(base.layout, rows))
-    for path in folder.glob("*/*config.json"):
-        config = json.loads(path.read_text())
-        config.pop("_name_or_path", None)  # where the base lay on this machine
+    for name, form in model_files.FORMS.items():
+        path = folder / name
+        # Not "_name_or_path", where the base lay on this machine, nor anything else that the base's config brought.
+        config = {key: value for key, value in json.loads(path.read_text()).items() if key in form}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -147,7 +168,12 @@ def check_reload(base: BaseModel, unet: torch.nn.Module, class_rows: tuple[int, 
 
 
 def stock_model(base: torch.nn.Module, folder: Path) -> torch.nn.Module:
-    """What somebody without this tool loads from the folder."""
-    if holds_whole_model(folder):
-        return UNet2DModel.from_pretrained(folder, subfolder=MODEL_FOLDER).eval()
-    return PeftModel.from_pretrained(base, str(folder)).eval()
+    """What stock peft or diffusers loads from the folder, once it is checked as a stranger's.
+
+    Raises:
+        RunError: the files would be refused.
+    """
+    try:
+        return load_whole_model(folder).unet if holds_whole_model(folder) else load_adapter(base, folder)
+    except (PrivacyError, UserError) as error:
+        raise RunError(f"the exported weights would be refused: {error} Nothing was published.") from error

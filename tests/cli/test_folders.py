@@ -72,18 +72,17 @@ def test_the_change_of_a_convolution_and_an_embedding_is_that_of_the_flattened_m
     rng = np.random.default_rng(1)
     conv_a, conv_b = rng.normal(size=(2, 3, 3, 3)), rng.normal(size=(5, 2, 1, 1))
     row_a, row_b = rng.normal(size=(2, 7)), rng.normal(size=(4, 2))
-    found = changes(
-        {
-            "c.lora_A.weight": conv_a,
-            "c.lora_B.weight": conv_b,
-            "e.lora_embedding_A": row_a,
-            "e.lora_embedding_B": row_b,
-            "lonely.lora_A.weight": row_a,
-            "odd.lora_A.weight": np.zeros((0, 3)),
-            "odd.lora_B.weight": np.zeros((3, 0)),
-        },
-        scale=0.5,
-    )
+    arrays = {
+        "c.lora_A.weight": conv_a,
+        "c.lora_B.weight": conv_b,
+        "e.lora_embedding_A": row_a,
+        "e.lora_embedding_B": row_b,
+        "lonely.lora_A.weight": row_a,
+        "odd.lora_A.weight": np.zeros((0, 3)),
+        "odd.lora_B.weight": np.zeros((3, 0)),
+    }
+    shapes = {name: array.shape for name, array in arrays.items()}
+    found = changes(shapes, lambda name: arrays[name].reshape(len(arrays[name]), -1), scale=0.5)
     kernel = np.einsum("or,rihw->oihw", conv_b[:, :, 0, 0], conv_a)
     assert found == pytest.approx({"c": 0.5 * np.linalg.norm(kernel), "e": 0.5 * np.linalg.norm(row_b @ row_a)})
 
@@ -92,10 +91,14 @@ def test_inspect_refuses_what_is_no_run_folder(adapter, tmp_path):
     assert "not a folder" in refused("inspect", tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     assert "no .safetensors" in refused("inspect", tmp_path / "empty")
-    (adapter.folder / "privacy.json").write_text("{")
-    assert "not JSON" in refused("inspect", adapter.folder)
-    (adapter.folder / "adapter_model.safetensors").write_bytes(b"junk")
-    assert "not a safetensors file" in refused("inspect", adapter.folder)
+    for name, content, reason in (
+        ("privacy.json", b"{", "not strict JSON"),
+        ("adapter_model.safetensors", b"junk", "no safetensors file"),
+    ):
+        (adapter.folder / name).write_bytes(content)
+        result = invoke("inspect", adapter.folder)
+        assert result.exit_code == 3 and reason in result.stderr
+        (adapter.folder / name).unlink()
 
 
 @pytest.fixture

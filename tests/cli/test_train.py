@@ -27,14 +27,16 @@ def training(monkeypatch):
     fake = ModuleType("training")
     fake.asked, fake.ran, fake.fault, fake.certificate = [], [], None, {}
 
-    def prepare(recipe, output_dir):
+    def prepare(recipe, output_dir, new_attempt):
         fake.asked.append((recipe, Path(output_dir)))
+        fake.new_attempt = new_attempt
         if fake.fault:
             raise fake.fault
         return SimpleNamespace(folder=Path(output_dir))
 
-    def run(prepared):
+    def run(prepared, escrow_key):
         fake.ran.append(prepared)
+        fake.escrow_key = escrow_key
         return SimpleNamespace(
             folder=prepared.folder,
             certificate=fake.certificate,
@@ -148,6 +150,13 @@ def test_every_field_of_the_recipe_is_an_option(training):
         assert re.search(rf"{flag(section, spec)}\b", shown), spec.name
 
 
+NEEDS = {
+    "group_column": "--max_examples_per_group 2",
+    "max_examples_per_group": "--group_column patient",
+    "sampling_prob": "--neighboring_relation add_or_remove_one",
+}
+
+
 def test_every_field_can_be_set(training):
     values = {str: "text", int: "3", float: "0.25", tuple[str, ...]: "a,b", tuple[int, ...]: "1,2"}
     for section, spec, default in options(Recipe()):
@@ -155,7 +164,7 @@ def test_every_field_can_be_set(training):
         if kind is bool or "choices" in spec.metadata:
             continue
         extra = [] if section == "privacy" else ["--epsilon", "1"]
-        words = [flag(section, spec), values[kind], *extra]
+        words = [flag(section, spec), values[kind], *extra, *NEEDS.get(spec.name, "").split()]
         value = getattr(getattr(asked_recipe(training, *words), section), spec.name)
         assert value == {"3": 3, "0.25": 0.25, "a,b": ("a", "b"), "1,2": (1, 2)}.get(values[kind], values[kind])
         assert value != default
@@ -215,6 +224,14 @@ def test_a_full_disk_names_the_file(training):
     assert refused("train", code=1).startswith("error: runs/x: No space left on device")
 
 
+def test_the_choices_of_an_attempt_reach_the_run(training, tmp_path):
+    asked_recipe(training, "--new_attempt", "--escrow_key", tmp_path / "key.json")
+    assert training.new_attempt and training.escrow_key == tmp_path / "key.json"
+    asked_recipe(training)
+    assert not training.new_attempt and training.escrow_key is None
+    assert "to be shared" in refused("train", "--output_dir", tmp_path, "--escrow_key", tmp_path / "key.json")
+
+
 def test_a_fault_of_the_program_is_not_dressed_up(training):
     training.fault = ZeroDivisionError()
     assert isinstance(invoke("train").exception, ZeroDivisionError)
@@ -224,7 +241,7 @@ def test_an_interrupt_ends_with_a_sentence_and_130(training):
     training.fault = KeyboardInterrupt()
     result = invoke("train")
     assert result.exit_code == 130
-    assert "Stopped" in result.stderr and "--output_dir" in result.stderr
+    assert "Stopped" in result.stderr and "Type the same command to go on" in result.stderr
     assert "Traceback" not in result.output and "Aborted" not in result.output
 
 

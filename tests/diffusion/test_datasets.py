@@ -1,9 +1,13 @@
+import gzip
 import io
 import os
+import pickle
 import struct
 import subprocess
 import sys
 import zlib
+from collections import Counter
+from datetime import date
 from pathlib import Path
 
 import datasets
@@ -17,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from dp_peft_diffusion.diffusion.datasets import open_dataset, open_examples
+from dp_peft_diffusion.diffusion.datasets import open_dataset, open_examples, source_digest
 from dp_peft_diffusion.diffusion.listing import _resolve_hub
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.recipe import Data
@@ -64,6 +68,53 @@ BROKEN = {
 BROKEN["large bomb"] = BROKEN["large bomb"].replace(struct.pack(">II", 16, 16), struct.pack(">II", 100_000, 100_000))
 
 
+def cut(image: Image.Image, kind: str, share: float, **options) -> bytes:
+    content = encoded(image, kind, **options)
+    return content[: int(share * len(content))]
+
+
+MORE_BROKEN = {
+    "signature only": PNG[:8],
+    "no pixels": PNG[:33] + chunk(b"IEND", b""),
+    "pixels that do not unpack": PNG[:33] + chunk(b"IDAT", bytes(40)) + chunk(b"IEND", b""),
+    "wrong checksum": PNG[:29] + bytes(4) + PNG[33:],
+    "0 x 0": PNG[:16] + bytes(8) + PNG[24:],
+    "20,000 x 20,000": bomb_png(16)[:16] + struct.pack(">II", 20_000, 20_000) + bomb_png(16)[24:],
+    "colour type 9": PNG[:25] + bytes([9]) + PNG[26:],
+    "png of 16 bits cut": cut(Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64)), "PNG", 0.5),
+    "animated png cut": cut(noise(1), "PNG", 0.4, save_all=True, append_images=[noise(2)]),
+    "gif cut": cut(noise(1, (64, 64)), "GIF", 0.5),
+    "animated gif cut": cut(noise(1, (64, 64)), "GIF", 0.2, save_all=True, append_images=[noise(2, (64, 64))]),
+    "gif without a frame": encoded(noise(1), "GIF")[:13] + b";",
+    "jpeg start only": b"\xff\xd8",
+    "jpeg without a scan": encoded(noise(1), "JPEG")[:100] + b"\xff\xd9",
+    "cmyk jpeg cut": cut(Image.new("CMYK", (64, 64), (9, 8, 7, 6)), "JPEG", 0.5),
+    "webp cut": cut(noise(1, (64, 64, 3)), "WEBP", 0.5, lossless=True),
+    "webp box only": b"RIFF\x00\x00\x00\x00WEBP",
+    "bmp cut": cut(noise(1), "BMP", 0.5),
+    "bmp too wide": b"".join((encoded(noise(1), "BMP")[:18], struct.pack("<i", 2**30), encoded(noise(1), "BMP")[22:])),
+    "tiff cut": cut(noise(1, (64, 64, 3)), "TIFF", 0.5),
+    "tiff without tags": b"II*\x00\x08\x00\x00\x00\x00\x00\x00\x00\x00\x00",
+    "tiff that points outside": b"II*\x00" + struct.pack("<I", 2**31),
+    "infinite tiff": encoded(Image.fromarray(np.full((4, 4), np.inf, np.float32)), "TIFF"),
+    "negative tiff": encoded(Image.fromarray(np.full((4, 4), -1, np.int32)), "TIFF"),
+    "ppm of words": b"P6 wide high 255\n" + bytes(30),
+    "ppm cut": cut(noise(1), "PPM", 0.5),
+    "ppm without levels": b"P6 2 2 0\n" + bytes(12),
+    "jpeg 2000 cut": cut(noise(1, (64, 64, 3)), "JPEG2000", 0.3),
+    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
+    "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "html": b"<!doctype html><title>404</title>",
+    "pdf": encoded(noise(1), "PDF"),
+    "icon": encoded(noise(1, (16, 16, 3)), "ICO"),
+    "pickle": pickle.dumps(noise(1)),
+    "gzip": gzip.compress(PNG, mtime=0),
+    "a million zeros": bytes(10**6),
+    "random bytes": np.random.default_rng(3).bytes(500),
+    "no image": None,
+}
+
+
 def image_folder(root: Path, files: dict[str, bytes]) -> Data:
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -71,17 +122,16 @@ def image_folder(root: Path, files: dict[str, bytes]) -> Data:
     return Data(dataset_name=str(root))
 
 
-def parquet(
-    path: Path, images: list, labels: list | pa.Array | None = None, names: tuple[str, ...] | None = None
-) -> Data:
+def parquet(path: Path, images: list, labels=None, names: tuple[str, ...] | None = None, **columns) -> Data:
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    columns = {"image": pa.array([None if image is None else {"bytes": image, "path": None} for image in images], kind)}
+    columns["image"] = pa.array([None if image is None else {"bytes": image, "path": None} for image in images], kind)
     if labels is not None:
         columns["label"] = labels if isinstance(labels, pa.Array) else pa.array(labels)
     table = pa.table(columns)
     if names is not None:
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
         table = table.replace_schema_metadata(features.arrow_schema.metadata)
+    path.parent.mkdir(exist_ok=True)
     pq.write_table(table, path, row_group_size=3)
     return Data(dataset_name=str(path), label_column=None if labels is None else "label")
 
@@ -399,6 +449,180 @@ def test_folders_without_sub_folders_and_runs_without_label_column_are_unlabelle
         assert images.class_names is None
         assert images.problems == []
         assert images.read([0])[1].tolist() == [0]
+
+
+# Malformed records
+
+
+def test_malformed_images_of_every_kind_count_as_nothing_and_good_ones_between_them_as_themselves(tmp_path):
+    malformed = BROKEN | MORE_BROKEN
+    assert len(malformed) >= 45
+    contents = [content for broken in malformed.values() for content in (broken, PNG)]
+    images = open_examples(parquet(tmp_path / "x.parquet", contents, [1] * len(contents), ("a", "b")), SIDE, 3)
+    null, good = images.read(range(0, len(contents), 2)), images.read(range(1, len(contents), 2))
+    assert dict(zip(malformed, null[2].tolist(), strict=True)) == dict.fromkeys(malformed, 0.0)
+    assert bool((null[0] == -1).all()) and bool((null[1] == 0).all())
+    assert bool((good[2] == 1).all()) and bool((good[0] == good[0][0]).all()) and bool((good[1] == 1).all())
+    files = {f"{index:02d}.png": content for index, content in enumerate(malformed.values()) if content is not None}
+    assert open_examples(image_folder(tmp_path / "files", files), SIDE, 3).read(range(len(files)))[2].sum() == 0
+
+
+def test_no_label_however_odd_stops_a_run_or_fills_the_list_of_problems(tmp_path):
+    odd = ["no\0", "\0", "\U0001f600", "n\u00f6", "no ", "\u202eon", "x" * 10**7, "1", "-1", "1e400"]
+    images = open_examples(
+        Data(dataset_name=parquet(tmp_path / "x.parquet", [PNG] * 11, [*odd, "no"]).dataset_name, class_names=("no",)),
+        SIDE,
+        3,
+    )
+    assert images.read(range(11))[2].tolist() == [0] * 10 + [1]
+    assert max(len(problem.reason) for problem in images.problems) <= 200
+
+
+def test_images_too_many_for_memory_are_refused_without_telling_how_many(tmp_path):
+    with pytest.raises(UserError, match="does not fit into memory") as caught:
+        open_examples(parquet(tmp_path / "x.parquet", [PNG] * 4711), 10**5, 3)
+    assert "471" not in str(caught.value)
+
+
+# Groups
+
+grouped_rows = st.lists(
+    st.tuples(st.sampled_from(["ann", "bob", "eve", "", None]), st.sampled_from(["good", "broken", "bad label"])),
+    min_size=1,
+    max_size=14,
+)
+
+
+def grouped(path: Path, rows: list[tuple], cap: int):
+    """Images of rows (group, state), every row with its own picture and label."""
+    contents = [b"" if state == "broken" else encoded(noise(index)) for index, (_, state) in enumerate(rows)]
+    labels = [7 if state == "bad label" else index % 2 for index, (_, state) in enumerate(rows)]
+    owners = pa.array([group for group, _ in rows], pa.string())
+    name = parquet(path, contents, labels, ("a", "b"), owner=owners).dataset_name
+    return open_examples(Data(dataset_name=name, group_column="owner", max_examples_per_group=cap), SIDE, 3)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=grouped_rows, cap=st.integers(1, 3), victim=st.sampled_from(["ann", "bob"]))
+def test_of_a_group_the_first_readable_rows_up_to_the_cap_are_used_whatever_others_hold(tmp_path, rows, cap, victim):
+    images = grouped(tmp_path / "x.parquet", rows, cap)
+    used, expected = Counter(), []
+    for group, state in rows:
+        expected.append(float(bool(group) and state == "good" and used[group] < cap))
+        used[group] += expected[-1]
+    pixels, labels, weights = images.read(range(len(rows)))
+    assert weights.tolist() == expected and len(images) == len(rows)
+    without = grouped(tmp_path / "y.parquet", [(None, "broken") if row[0] == victim else row for row in rows], cap)
+    others = [index for index, (group, _) in enumerate(rows) if group != victim]
+    for before, after in zip((pixels, labels, weights), without.read(range(len(rows))), strict=True):
+        assert torch.equal(before[others], after[others])
+
+
+@pytest.mark.parametrize(
+    ("groups", "weights"),
+    [
+        pytest.param(pa.array([3, 3, 4, None]), [1, 0, 1, 0], id="integers"),
+        pytest.param(pa.array([0.5, 0.5, float("nan"), float("nan"), -0.0, 0.0]), [1, 0, 0, 0, 1, 0], id="floats"),
+        pytest.param(pa.array([b"x", b"x", b"y"]), [1, 0, 1], id="bytes"),
+        pytest.param(pa.array([True, False, True]), [1, 1, 0], id="booleans"),
+        pytest.param(pa.array([date(2024, 1, 2), date(2024, 1, 2)]), [1, 0], id="dates"),
+        pytest.param(pa.array(["u", "v", "u", ""]).dictionary_encode(), [1, 1, 0, 0], id="categories"),
+        pytest.param(pa.array([None, None]), [0, 0], id="nothing"),
+        pytest.param(
+            pa.StringArray.from_buffers(3, pa.py_buffer(struct.pack("4i", 0, 1, 2, 3)), pa.py_buffer(b"\xff\xffu")),
+            [0, 0, 1],
+            id="names that are no UTF-8",
+        ),
+    ],
+)
+def test_groups_of_any_single_value_are_told_apart_and_missing_ones_are_nobody(tmp_path, groups, weights):
+    data = parquet(tmp_path / "x.parquet", [PNG] * len(groups), owner=groups)
+    grouped_by = Data(dataset_name=data.dataset_name, label_column=None, group_column="owner", max_examples_per_group=1)
+    assert open_examples(grouped_by, SIDE, 3).read(range(len(groups)))[2].tolist() == weights
+
+
+def test_the_label_may_be_the_group(tmp_path):
+    data = parquet(tmp_path / "x.parquet", [PNG] * 4, [0, 1, 1, 0], ("a", "b")).dataset_name
+    images = open_examples(Data(dataset_name=data, group_column="label", max_examples_per_group=1), SIDE, 3)
+    assert images.read(range(4))[2].tolist() == [1, 1, 0, 0]
+
+
+def test_no_message_tells_a_group(tmp_path):
+    data = parquet(tmp_path / "x.parquet", [PNG, PNG, b""], owner=pa.array(["Zoe Q"] * 3)).dataset_name
+    grouped_by = Data(dataset_name=data, label_column=None, group_column="owner", max_examples_per_group=1)
+    problems = open_examples(grouped_by, SIDE, 3).problems
+    assert [problem.id for problem in problems] == [1, 2] and "Zoe" not in str(problems)
+
+
+def test_groups_that_cannot_be_told_apart_are_refused(tmp_path):
+    for position, owner in enumerate([pa.array([7]), pa.array(["7"])]):
+        parquet(tmp_path / "two" / f"{position}.parquet", [PNG], owner=owner)
+    parquet(tmp_path / "x.parquet", [PNG], owner=pa.array([["u"]]))
+    folder = image_folder(tmp_path / "folder", {"a/1.png": PNG}).dataset_name
+    faults = [
+        (str(tmp_path / "two"), "owner", "'owner' as int64 and as string. Rewrite them with one type"),
+        (str(tmp_path / "x.parquet"), "owner", "no single group. Set --group_column"),
+        (str(tmp_path / "x.parquet"), "patient", "no column 'patient'; it has owner, image. Set --group_column"),
+        (folder, "owner", "has no columns. Put images, labels and groups into a .parquet file"),
+        ("builtin:digits", "owner", "has no columns"),
+    ]
+    for name, column, message in faults:
+        with pytest.raises(UserError) as caught:
+            open_examples(
+                Data(dataset_name=name, label_column=None, group_column=column, max_examples_per_group=1), SIDE, 3
+            )
+        assert message in str(caught.value)
+
+
+# Digests
+
+
+def test_the_source_digest_knows_the_stored_images_and_nothing_of_how_they_are_used(tmp_path):
+    contents = [PNG, encoded(noise(1)), b"", encoded(noise(2), "JPEG")]
+    data = parquet(tmp_path / "x.parquet", contents, [0, 1, 0, 1], ("a", "b")).dataset_name
+    wanted = open_examples(Data(dataset_name=data), SIDE, 3).source_digest
+    files = image_folder(tmp_path / "renamed", {f"c/{index}.png": content for index, content in enumerate(contents)})
+    for same in (
+        open_examples(Data(dataset_name=data), 2 * SIDE, 1),
+        open_examples(Data(dataset_name=data, center_crop=True, class_names=("b",)), SIDE, 3),
+        open_examples(Data(dataset_name=data, label_column=None), SIDE, 3),
+        open_examples(files, SIDE, 3),
+    ):
+        assert same.source_digest == wanted
+    assert source_digest(Data(dataset_name=data)) == wanted
+    changes = [[*contents[:3], PNG], contents[:3], [*contents, None], contents[::-1], [contents[0][:-1], *contents[1:]]]
+    others = [open_examples(parquet(tmp_path / "y.parquet", changed), SIDE, 3).source_digest for changed in changes]
+    assert len({wanted, *others}) == 1 + len(changes)
+    assert open_examples(Data(), SIDE, 1).source_digest != open_examples(Data(split="test"), SIDE, 1).source_digest
+
+
+def test_a_file_that_cannot_be_opened_has_a_digest_too(tmp_path, monkeypatch):
+    def unreadable(*arguments, **options):
+        raise PermissionError
+
+    data = image_folder(tmp_path, {"1.png": PNG})
+    before = open_examples(data, SIDE, 3)
+    monkeypatch.setattr("builtins.open", unreadable)
+    after = open_examples(data, SIDE, 3)
+    assert before.source_digest != after.source_digest and after.read([0])[2].item() == 0
+
+
+def test_the_content_digest_changes_with_all_that_shapes_an_update_and_nothing_else(tmp_path):
+    def digest(contents, labels, names=("a", "b"), side=SIDE):
+        return open_examples(parquet(tmp_path / "x.parquet", contents, labels, names), side, 3).content_digest
+
+    black = encoded(Image.new("RGB", (4, 4)))
+    wanted = digest([PNG, black], [1, 0])
+    assert wanted == digest([encoded(noise(0), "BMP"), black], [1, 0])
+    others = [
+        digest([encoded(noise(1)), black], [1, 0]),
+        digest([PNG, black], [0, 0]),
+        digest([PNG, None], [1, 0]),  # the same pixels and labels, only the weight is another
+        digest([PNG, black], [1, 0], ("a", "c")),
+        digest([PNG, black, black], [1, 0, 0]),
+        digest([PNG, black], [1, 0], side=2 * SIDE),
+    ]
+    assert len({wanted, *others}) == 1 + len(others)
 
 
 # Parquet and splits

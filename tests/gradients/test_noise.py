@@ -7,6 +7,7 @@ from scipy import stats
 
 from dp_peft_diffusion.errors import PrivacyError
 from dp_peft_diffusion.gradients.noise import add_noise
+from dp_peft_diffusion.privacy.randomness import generator
 
 KEY = bytes(range(16))
 STDDEV = 0.7
@@ -46,6 +47,14 @@ def test_noise_is_added_to_the_sum_and_cast_to_float32_once():
     # Below half a float32 step of 1e9, noise survives only if it is added in float64, before the cast.
     large = {"a": torch.full((4000,), 1e9 + 31, dtype=torch.float64)}
     assert len(add_noise(large, 5.0, KEY, 0)["a"].unique()) == 2
+
+
+def test_each_number_is_the_half_sum_of_four_normals_of_the_steps_stream_in_float64():
+    noisy, stream = add_noise(totals(3.0), STDDEV, KEY, 6), generator(KEY, "noise", 6)
+    for name, shape in SHAPES.items():
+        one, two, three, four = (stream.standard_normal(shape) for _ in range(4))
+        expected = 3.0 + STDDEV * ((one + two + three + four) / 2)
+        assert np.array_equal(noisy[name].numpy(), expected.astype(np.float32)), name
 
 
 def test_the_same_key_and_step_give_the_same_bits_and_other_ones_do_not():

@@ -67,3 +67,26 @@ def test_one_record_more_changes_nobody_elses_part():
 def test_probability_one_takes_everybody_and_a_tiny_one_gives_empty_steps():
     assert np.array_equal(example_ids(KEY, 0, N, 1.0), np.arange(N))
     assert example_ids(KEY, 0, N, 1e-12).shape == (0,)
+
+
+def test_a_cap_keeps_a_subset_of_the_sample_and_leaves_smaller_samples_alone():
+    for step in range(200):
+        whole, capped = example_ids(KEY, step, 60, 0.5), example_ids(KEY, step, 60, 0.5, 30)
+        if len(whole) <= 30:
+            assert np.array_equal(whole, capped)
+        else:
+            assert len(capped) == 30 and set(capped) <= set(whole) and np.array_equal(capped, np.sort(capped))
+
+
+def test_of_a_sample_above_the_cap_every_member_is_kept_as_often():
+    steps, n, cap = 4000, 20, 5
+    counts = sum(np.bincount(example_ids(KEY, step, n, 1.0, cap), minlength=n) for step in range(steps))
+    statistic = ((counts - steps * cap / n) ** 2).sum() / (steps * cap / n * (1 - cap / n)) * (n - 1) / n
+    assert stats.chi2.sf(statistic, n - 1) > 5e-7 and stats.chi2.cdf(statistic, n - 1) > 5e-7
+    pairs = np.zeros((n, n))
+    for step in range(steps):
+        ids = example_ids(KEY, step, n, 1.0, cap)
+        pairs[np.ix_(ids, ids)] += 1
+    expected = steps * cap * (cap - 1) / (n * (n - 1))
+    off_diagonal = pairs[~np.eye(n, dtype=bool)]
+    assert np.abs(off_diagonal - expected).max() < 6 * np.sqrt(expected)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dp_peft_diffusion.privacy.randomness import Purpose, generator, hkdf_sha256, new_key
+from dp_peft_diffusion.privacy.randomness import Purpose, attempt_key, generator, hkdf_sha256, new_key
 
 KEY = bytes(range(16))
 
@@ -80,3 +80,19 @@ def test_unknown_purposes_and_short_keys_are_refused():
         generator(KEY[:15], "noise", 0)
     with pytest.raises(TypeError):
         generator(KEY, "noise", 0.5)
+
+
+def test_another_attempt_context_or_run_has_another_key_and_the_same_ones_the_same():
+    key, other, context = bytes(16), bytes(15) + b"\x01", bytes(32)
+    keys = {
+        attempt_key(key, 1, context),
+        attempt_key(key, 2, context),
+        attempt_key(key, 12, context),
+        attempt_key(key, 1, bytes(31) + b"\x01"),
+        attempt_key(other, 1, context),
+        key,
+    }
+    assert len(keys) == 6 and all(len(one) == 16 for one in keys)
+    assert attempt_key(key, 1, context) == attempt_key(key, 1, context)
+    with pytest.raises(ValueError, match="15 bytes"):
+        attempt_key(bytes(15), 1, context)

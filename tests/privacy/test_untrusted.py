@@ -1,3 +1,4 @@
+import hashlib
 import os
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dp_peft_diffusion.errors import PrivacyError
-from dp_peft_diffusion.privacy.untrusted import parse_json, safetensors_header, sha256_of
+from dp_peft_diffusion.privacy.untrusted import parse_json, read_json, safetensors_header, sha256_of
 from tests.privacy.folders import safetensors_bytes, two_tensors
 
 
@@ -108,3 +109,38 @@ def test_strict_json_keeps_exact_numbers():
 def test_what_two_readers_may_read_differently_is_no_strict_json(text):
     with pytest.raises(PrivacyError, match="x is not strict JSON"):
         parse_json(text, "x")
+
+
+def test_a_hash_is_that_of_the_bytes(tmp_path):
+    content = os.urandom(3_000_000)
+    assert sha256_of(write(tmp_path, content)) == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [
+        ("README.md", 1 << 20),
+        ("adapter_config.json", 1 << 20),
+        ("adapter_model.safetensors", 256 << 20),
+        ("pytorch_lora_weights.safetensors", 256 << 20),
+        ("diffusion_pytorch_model.safetensors", 2 << 30),
+    ],
+)
+def test_a_file_above_the_limit_of_its_name_is_not_read(tmp_path, name, limit):
+    path = tmp_path / name
+    path.touch()
+    os.truncate(path, limit + 1)
+    for read in (sha256_of, safetensors_header, read_json):
+        with pytest.raises(PrivacyError, match=f"{name} is larger than {limit} bytes"):
+            read(path)
+
+
+def test_a_disk_that_fails_is_an_error_with_the_name_of_the_file(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    path = write(tmp_path, b"{}")
+    monkeypatch.setattr(type(path), "open", fail)
+    for read in (sha256_of, safetensors_header, read_json):
+        with pytest.raises(PrivacyError, match=r"weights.safetensors cannot be read: Input/output error"):
+            read(path)

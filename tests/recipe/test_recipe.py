@@ -346,6 +346,13 @@ def test_a_rotation_of_one_number_is_refused(tmp_path):
     refused(tmp_path, "adapter: {kind: oft, rank: 1}", "--rank 1", "--rank 4")
 
 
+def test_a_scale_that_no_reader_of_the_file_would_accept_is_refused(tmp_path):
+    refused(tmp_path, "adapter: {kind: lokr, rank: 4, lora_alpha: 257}", "--lora_alpha", "64 times --rank")
+    assert (
+        load_recipe(overrides={"adapter.kind": "lokr", "adapter.lora_alpha": 256, **EPSILON}).adapter.lora_alpha == 256
+    )
+
+
 def test_another_kind_over_a_recipe_takes_its_own_targets():
     digits = recipe_path("digits")
     assert load_recipe(digits, {"adapter.kind": "lora"}) == load_recipe(digits)
@@ -360,7 +367,10 @@ def test_another_kind_over_a_recipe_takes_its_own_targets():
         ("data: {max_examples_per_group: 4}", "--group_column patient"),
         ("privacy: {neighboring_relation: add_or_remove_one}", "--sampling_prob 0.01"),
         ("privacy: {sampling_prob: 0.01}", "Leave it out"),
-        ("privacy: {neighboring_relation: add_or_remove_one, sampling_prob: 0.1, truncated_batch_size: 9}", "no cap|Le"),
+        (
+            "privacy: {neighboring_relation: add_or_remove_one, sampling_prob: 0.1, truncated_batch_size: 9}",
+            "no cap|Le",
+        ),
         (
             "data: {group_column: p, max_examples_per_group: 4}\nprivacy: {neighboring_relation: replace_one}",
             "no known price",

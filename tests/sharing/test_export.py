@@ -12,6 +12,7 @@ from dp_peft_diffusion.diffusion.base_model import load_base
 from dp_peft_diffusion.errors import RunError
 from dp_peft_diffusion.privacy.certificate import verify
 from dp_peft_diffusion.privacy.mechanism import DPMechanism
+from dp_peft_diffusion.privacy.promise import make_promise
 from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, Recipe
 from dp_peft_diffusion.sharing.export import check_reload, export, shareable_recipe
 
@@ -33,12 +34,13 @@ def exported(tmp_path_factory):
         adapter=spec,
         privacy=Privacy(epsilon=3.0, gamma=0.01),
     )
-    mechanism = DPMechanism(sampling_prob=0.5, steps=4, expected_batch_size=10, num_examples=20).calibrate(3.0, 1e-5)
+    mechanism = DPMechanism(sampling_prob=0.5, steps=4, expected_batch_size=10, num_examples=20)
+    promise = make_promise(mechanism, delta=1e-5, epsilon=3.0)
     folder = place / "run"
     (folder / "samples").mkdir(parents=True)
     for step in (0, 4):
         (folder / "samples" / f"step-{step:04d}.png").write_bytes(b"")
-    facts = export(folder, recipe, base, adapter, mechanism, "given by the user, declared public")
+    facts = export(folder, recipe, base, adapter, promise, "given by the user, declared public", "os", "deleted")
     return folder, base, adapter, recipe, facts
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.stats import chi2
 from tiny_models import tiny_base_folder
 
-from dp_peft_diffusion import batches, preparation, rehearsal, training
+from dp_peft_diffusion import attempt, batches, preparation, rehearsal, training
 from dp_peft_diffusion.errors import RunError, UserError
 from dp_peft_diffusion.privacy.certificate import verify
 from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, Recipe, Sample, Train
@@ -68,7 +68,6 @@ def changed(recipe, section, **values):
 def noisy_sums(monkeypatch, recipe, folder):
     """The noisy sum of every step of a run with a known key."""
     sums = []
-    monkeypatch.setattr(training, "new_key", lambda: KEY)
     original = training.apply_update
 
     def spy(optimizer, parameters, noisy, expected_batch_size):
@@ -76,6 +75,8 @@ def noisy_sums(monkeypatch, recipe, folder):
         original(optimizer, parameters, noisy, expected_batch_size)
 
     monkeypatch.setattr(training, "apply_update", spy)
+    # One key for all streams, also where the context is another: neighbours must see the same noise.
+    monkeypatch.setattr(attempt, "attempt_key", lambda *arguments: KEY)
     train(recipe, folder)
     monkeypatch.undo()
     return sums
@@ -136,24 +137,6 @@ def test_a_folder_with_other_files_is_refused(recipe, tmp_path):
     assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
 
 
-def test_an_interrupted_run_publishes_nothing_counts_its_steps_and_is_refused_afterwards(recipe, tmp_path, monkeypatch):
-    original = training.add_noise
-
-    def stop(total, noise_stddev, key, step):
-        if step == 1:
-            raise KeyboardInterrupt
-        return original(total, noise_stddev, key, step)
-
-    monkeypatch.setattr(training, "add_noise", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe, tmp_path / "run")
-    monkeypatch.undo()
-    assert not (tmp_path / "run").exists() and not (tmp_path / "run.private" / "key").exists()
-    assert len((tmp_path / "run.private" / "ledger.jsonl").read_text().splitlines()) == 2
-    with pytest.raises(UserError, match="interrupted run"):
-        prepare(recipe, tmp_path / "run")
-
-
 def test_a_full_disk_is_told_without_a_traceback(recipe, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
@@ -199,7 +182,7 @@ def test_noise_has_its_standard_deviation_on_every_tensor_and_class_row(recipe, 
     recipe = changed(recipe, "train", max_train_steps=200, train_batch_size=2)
     recipe = changed(recipe, "privacy", epsilon=None, noise_multiplier=2.0, max_grad_norm=3.0, gamma=0.1)
     prepared = prepare(recipe, tmp_path / "run")
-    prepared.run.create(prepared.requested, KEY)
+    attempt.begin(prepared, KEY, None)
     seen: list[dict[str, torch.Tensor]] = []
     monkeypatch.setattr(training, "apply_update", lambda o, p, noisy, b: seen.append(noisy))
     train_steps(prepared, KEY)
