@@ -70,9 +70,8 @@ def promise_lines(prepared: "Prepared") -> list[tuple[str, str]]:
     if promise.tuning_runs is not None:
         lines.append(("Tuning", f"epsilon is for {promise.tuning_runs:,} such runs in all"))
     for release in promise.prior:
-        lines.append(
-            ("Before", f"{release.runs} times {release.mechanism.steps:,} updates, in epsilon: {release.source}")
-        )
+        updates = f"{release.runs} times {release.mechanism.steps:,} updates"
+        lines.append(("Before", f"{updates}, counted in epsilon: {release.source}"))
     return lines
 
 
@@ -147,8 +146,6 @@ def epsilon_so_far(prepared: "Prepared") -> list[float | None]:
     price, relation = {}, promise.mechanism.neighboring_relation
     for t in priced:
         event = composed_event(dataclasses.replace(promise.mechanism, steps=t), promise.tuning_runs, promise.prior)
-        coarse = accounting.epsilon(
-            event, promise.delta, promise.mechanism.neighboring_relation, smallest_interval=1e-3
-        )
+        coarse = accounting.epsilon(event, promise.delta, relation, smallest_interval=1e-3)
         price[t] = min(coarse, promise.epsilon)
     return [price[min(t for t in priced if t > step)] for step in range(steps)]

@@ -20,6 +20,7 @@ from dp_peft_diffusion.privacy.promise import Promise, Release, make_promise
 from dp_peft_diffusion.recipe import Model, Recipe, load_recipe, to_yaml, validate
 from dp_peft_diffusion.rehearsal import (
     check_clipper,
+    check_export,
     check_sampler,
     choose_gamma,
     choose_precision,
@@ -104,6 +105,7 @@ def prepare(
     num_classes = len(recipe.data.class_names or ()) if recipe.adapter.class_rows else 0
     adapter = inject_adapter(base, recipe.adapter, num_classes, recipe.train.seed)
     recipe, clipper, more_notes, gamma_source = choose(recipe, base, adapter, gamma_given)
+    check_export(base, adapter)
     if not recipe.train.skip_self_check:
         check_clipper(recipe, base, clipper)
     context = context_of(shaping_recipe(recipe), mechanism, images.content_digest, base.sha256, accelerator.device)

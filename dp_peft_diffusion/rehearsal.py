@@ -2,7 +2,9 @@
 
 import dataclasses
 import decimal
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,10 +14,12 @@ from dp_peft_diffusion.batches import made_up_batch, make_loss, public_batch
 from dp_peft_diffusion.diffusion.adapters import Adapter
 from dp_peft_diffusion.diffusion.base_model import BaseModel
 from dp_peft_diffusion.diffusion.generation import sample_images
-from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.errors import PrivacyError, RunError, UserError
 from dp_peft_diffusion.gradients.clipper import PerSampleClipper
 from dp_peft_diffusion.gradients.self_check import check_gradients
+from dp_peft_diffusion.privacy.adapter_files import check_adapter
 from dp_peft_diffusion.recipe import Recipe
+from dp_peft_diffusion.sharing.export import write_weights
 
 MEASURED_SECONDS = 1.0
 GAMMA_IMAGES = 64
@@ -108,6 +112,23 @@ def check_clipper(recipe: Recipe, base: BaseModel, clipper: PerSampleClipper) ->
     check_gradients(clipper, make_loss(base), batch)  # sharp: in bfloat16, rounding would hide small tensors
     if recipe.train.mixed_precision == "bf16":
         check_gradients(clipper, make_loss(base, "bf16"), batch, torch.bfloat16)
+
+
+def check_export(base: BaseModel, adapter: Adapter) -> None:
+    """Write the untrained weights to a temporary folder, as the trained ones will be, and check them as a reader does.
+
+    Raises:
+        UserError: they could not be exported, which is better known before any privacy is spent.
+    """
+    with tempfile.TemporaryDirectory(prefix="dp-peft-rehearsal-") as scratch:
+        try:
+            write_weights(base, adapter, Path(scratch))
+            check_adapter(Path(scratch))
+        except (PrivacyError, RunError) as error:
+            raise UserError(
+                f"what this run would train cannot be exported: {error} Choose a smaller --rank, fewer "
+                "--target_modules, or another --adapter."
+            ) from error
 
 
 def measure_micro_batch(recipe: Recipe, base: BaseModel, clipper: PerSampleClipper) -> tuple[float, int]:

@@ -1,4 +1,4 @@
-"""YAML without surprises: only true, false and null are words, 1e-5 is a number, a key stands once, no tags."""
+"""YAML without surprises: only true, false and null are words, 1e-5 is a number, no key twice, no tags, no aliases."""
 
 import re
 from pathlib import Path
@@ -21,6 +21,9 @@ _SCALARS = {
 }
 
 
+MAX_CHARACTERS = (1 << 18) - 1  # reading YAML is slow, and recipes may come from strangers
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}
 
@@ -34,6 +37,13 @@ class _Loader(yaml.SafeLoader):
 
     def fetch_tag(self) -> None:
         raise yaml.scanner.ScannerError(None, None, "tags (!) have no place here", self.get_mark())
+
+    def fetch_anchor(self) -> None:
+        # A few lines of lists that repeat each other would fill the memory.
+        raise yaml.scanner.ScannerError(None, None, "anchors (&) have no place here", self.get_mark())
+
+    def fetch_alias(self) -> None:
+        raise yaml.scanner.ScannerError(None, None, "aliases (*) have no place here", self.get_mark())
 
 
 class _Dumper(yaml.SafeDumper):
@@ -59,7 +69,10 @@ def read_table(path: Path) -> dict[str, Any]:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            table = yaml.load(file, _Loader)  # noqa: S506  (a SafeLoader)
+            text = file.read(MAX_CHARACTERS + 1)
+        if len(text) > MAX_CHARACTERS:
+            raise UserError(f"{path} is larger than {MAX_CHARACTERS} characters, and so no recipe.")
+        table = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}. Check the name of the file.") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

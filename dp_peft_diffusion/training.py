@@ -25,7 +25,7 @@ from dp_peft_diffusion.preparation import Prepared, prepare
 from dp_peft_diffusion.privacy.ledger import Ledger
 from dp_peft_diffusion.privacy.poisson import example_ids
 from dp_peft_diffusion.recipe import Recipe
-from dp_peft_diffusion.runs.folder import FinishedRun
+from dp_peft_diffusion.runs.folder import FinishedRun, grid_name
 from dp_peft_diffusion.runs.state import save_state, training_tensors
 from dp_peft_diffusion.sharing.export import export
 
@@ -187,4 +187,4 @@ def write_grid(prepared: Prepared, step: int) -> None:
         device=prepared.accelerator.device,
     )
     columns = 10 if classes is None else len(classes)
-    image_grid(images, columns).save(prepared.run.staging / "samples" / f"step-{step:04d}.png")
+    image_grid(images, columns).save(prepared.run.staging / "samples" / grid_name(step))

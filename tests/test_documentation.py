@@ -12,6 +12,8 @@ import pytest
 
 from dp_peft_diffusion.cli import main
 from dp_peft_diffusion.environment import TESTED_PAIR
+from dp_peft_diffusion.privacy.mechanism import DPMechanism
+from dp_peft_diffusion.recipe import NEIGHBORING_RELATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -141,3 +143,21 @@ def test_the_picture_of_the_rooms_names_every_file():
 def test_env_names_the_pair_that_is_tested():
     pins = (ROOT / "constraints.txt").read_text().split()
     assert set(TESTED_PAIR.split()) <= set(pins)
+
+
+def test_the_prices_of_the_relations_are_those_of_the_accountant():
+    page = (ROOT / "docs/explanation/what-is-public.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in re.findall(r"^\| [\d.]+ \|.*$", page, re.MULTILINE)]
+    assert len(rows) == 3
+    for noise_multiplier, *stated in rows:
+        for relation, epsilon in zip(NEIGHBORING_RELATIONS, stated, strict=True):
+            known_n = None if relation == "add_or_remove_one" else 60_000
+            mechanism = DPMechanism(
+                sampling_prob=4096 / 60_000,
+                steps=1000,
+                noise_multiplier=float(noise_multiplier),
+                expected_batch_size=4096,
+                num_examples=known_n,
+                neighboring_relation=relation,
+            )
+            assert f"{mechanism.epsilon(1e-5):.3g}" == epsilon

@@ -15,8 +15,10 @@ _folder = click.argument("folder", type=click.Path(path_type=Path))
 
 @click.command()
 @_folder
+@click.option("--base", metavar="FOLDER", type=click.Path(path_type=Path), help="Folder of the base: does it fit?")
+@click.option("--cross_check", is_flag=True, help="Price once more by the PRV accountant of Opacus (slow).")
 @format_option
-def verify(folder: Path, style: str) -> None:
+def verify(folder: Path, base: Path | None, cross_check: bool, style: str) -> None:
     """Check the files and the promise of a folder.
 
     Says also what no check can prove. Exit code 0: all checks passed. 3: one did not.
@@ -26,7 +28,7 @@ def verify(folder: Path, style: str) -> None:
 
     from dp_peft_diffusion.privacy.certificate import CANNOT_PROVE, verify
 
-    report = verify(folder)
+    report = verify(folder, base, cross_check)
     levels = [{"name": name, "ok": ok, "text": text} for name, ok, text in report.levels]
     if style == "json":
         facts = {"ok": report.ok, "epsilon": report.epsilon, "levels": levels, "cannot_prove": list(CANNOT_PROVE)}

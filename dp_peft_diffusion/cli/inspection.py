@@ -79,8 +79,9 @@ def changes(
             continue
         if a[0] == math.prod(b[1:]) <= MAX_RANK:
             left, right = matrix(partner), matrix(name)
-            # |B A|^2 = <B'B, A A'>: matrices of the rank's size, however large the product
-            square = float(((left.T @ left) * (right @ right.T)).sum())
+            with np.errstate(all="ignore"):
+                # |B A|^2 = <B'B, A A'>: matrices of the rank's size, however large the product
+                square = float(((left.T @ left) * (right @ right.T)).sum())
             found[module[0].removeprefix("base_model.model.")] = scale * max(square, 0.0) ** 0.5
     return found
 
@@ -95,11 +96,11 @@ def lora_scale(config: Any) -> float:
 
 def _matrix(path: Path, header: SafetensorsHeader, name: str) -> np.ndarray:
     numbers = np.concatenate([np.zeros(0, np.float32), *float32_chunks(path, header, name)])
-    return numbers.astype(np.float64).reshape(header.tensors[name][1][0], -1)
+    with np.errstate(all="ignore"):  # of NaN
+        return numbers.astype(np.float64).reshape(header.tensors[name][1][0], -1)
 
 
 def norm(path: Path, header: SafetensorsHeader, name: str) -> float:
     """Frobenius norm of a tensor, summed in float64."""
-    return (
-        math.fsum(float(np.square(part, dtype=np.float64).sum()) for part in float32_chunks(path, header, name)) ** 0.5
-    )
+    with np.errstate(all="ignore"):  # of NaN
+        return sum(float(np.square(part, dtype=np.float64).sum()) for part in float32_chunks(path, header, name)) ** 0.5

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from dp_peft_diffusion.recipe import PretrainRecipe, Recipe
+from dp_peft_diffusion.recipe import Recipe
 from dp_peft_diffusion.typed_fields import flag, options
 
 _METAVARS = {str: "TEXT", int: "INTEGER", float: "NUMBER"}
@@ -63,7 +63,7 @@ class RecipeCommand(click.Command):
                     formatter.write_dl(lists[title])
 
 
-def recipe_options(recipe: Recipe | PretrainRecipe) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def recipe_options(recipe: object) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator that gives a command one option per field of `recipe`."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,126 +2,128 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dp_peft_diffusion.cli.options import FieldValue, format_option
+from dp_peft_diffusion.cli.options import format_option, given_options, recipe_options
 from dp_peft_diffusion.cli.program import hint
-from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.privacy.question import Question
 
 if TYPE_CHECKING:
-    from dp_peft_diffusion.privacy.mechanism import DPMechanism
+    from dp_peft_diffusion.privacy.promise import Promise
 
-BATCHES = (64, 256, 1024, 4096, 16384)
-_COUNTS = FieldValue(tuple[int, ...])
+KNEE_MARK = "  <- knee"
+KNEE_MEANS = (
+    "knee: the smallest batch of the table whose noise per step is at most 10 % above that of a full batch; a larger "
+    "one takes longer and hardly learns more."
+)
 
 
 @click.command()
-@click.option("--num_examples", required=True, type=click.IntRange(min=1), help="Images in the data set, N.")
-@click.option("--epsilon", "--target_epsilon", "epsilon", type=float, help="Promise of the whole run.")
-@click.option("--delta", "--target_delta", "delta", default=1e-5, show_default=True, help="Must be below 1/N.")
-@click.option("--noise_multiplier", type=float, help="In place of epsilon: what does this much noise promise?")
-@click.option(
-    "--train_batch_size",
-    "--expected_batch_size",
-    "batches",
-    metavar="A,B,...",
-    type=_COUNTS,
-    help="Expected batch sizes.  [three that suit N]",
-)
-@click.option(
-    "--max_train_steps",
-    "steps",
-    metavar="A,B,...",
-    type=_COUNTS,
-    default="100,1000",
-    show_default=True,
-    help="Updates.",
-)
+@recipe_options(Question())
 @click.option("--trainable_parameters", type=click.IntRange(min=1), help="Of the adapter: adds what to expect.")
+@click.option("--cross_check", is_flag=True, help="Price every line by the PRV accountant of Opacus too (slow).")
+@click.option(
+    "--output_dir",
+    type=click.Path(path_type=Path),
+    help="Draw delta against epsilon, and noise against batch size, here.",
+)
 @format_option
+@click.pass_context
 def plan(
-    num_examples: int,
-    epsilon: float | None,
-    delta: float,
-    noise_multiplier: float | None,
-    batches: tuple[int, ...] | None,
-    steps: tuple[int, ...],
+    ctx: click.Context,
     trainable_parameters: int | None,
+    cross_check: bool,
+    output_dir: Path | None,
     style: str,
+    **_: Any,
 ) -> None:
     """Show what a promise costs, before you train.
 
-    One line for each batch size and number of updates: the noise multiplier that keeps epsilon (or the epsilon that a
-    noise multiplier keeps), and the noise on one coordinate of an update, in units of the clip bound.
+    One line for each batch size and number of updates: the noise multiplier that keeps epsilon, the epsilon that a
+    noise multiplier keeps, or, given both, the most updates; and the noise on one coordinate of an update, in units of
+    the clip bound.
     """
-    if (epsilon is None) == (noise_multiplier is None):
-        raise UserError("give either --epsilon or --noise_multiplier. Type for example --epsilon 1.")
+    names = {spec.name for spec in fields(Question)}
+    question = Question(**{name: value for name, value in given_options(ctx).items() if name in names})
 
     from dp_peft_diffusion.privacy import planning
 
-    found: list[tuple[DPMechanism, dict[str, Any]]] = []
-    for mechanism, price in priced(num_examples, epsilon, delta, noise_multiplier, batches, steps):
-        row = {
-            "train_batch_size": mechanism.expected_batch_size,
-            "max_train_steps": mechanism.steps,
-            "epsilon": price,
-            "noise_multiplier": mechanism.noise_multiplier,
-            "noise_per_step": planning.noise_per_step(mechanism),
-            "passes": mechanism.steps * mechanism.sampling_prob,
-        }
-        if trainable_parameters is not None:
-            row["signal_to_noise"] = planning.signal_to_noise(mechanism, trainable_parameters)
+    found: list[Promise] = []
+    rows: list[dict[str, Any]] = []
+    for promise, knee in planning.answers_with_knee(question):
+        row = facts_of(promise, knee, trainable_parameters, cross_check)
         if style == "human":  # a row takes seconds: show each when it is there
             click.echo(table_line(row, heading=not found))
-        found.append((mechanism, row))
+        found.append(promise)
+        rows.append(row)
     outlook = None
     if trainable_parameters is not None:
-        best = max(found, key=lambda pair: pair[1]["signal_to_noise"])[0]
-        outlook = planning.outlook(best, trainable_parameters)
+        best = max(found, key=lambda promise: planning.signal_to_noise(promise.mechanism, trainable_parameters))
+        outlook = planning.outlook(best.mechanism, trainable_parameters)
     if style == "json":
-        facts = {"num_examples": num_examples, "delta": delta, "trainable_parameters": trainable_parameters}
-        click.echo(json.dumps({**facts, "rows": [row for _, row in found], "outlook": outlook}, indent=2))
-    elif outlook is not None:
-        click.echo(f"\nBest of these: batch {best.expected_batch_size:g}, {best.steps} steps. {outlook}")
+        asked = {"num_examples": question.num_examples, "delta": question.delta}
+        asked["trainable_parameters"] = trainable_parameters
+        click.echo(json.dumps({**asked, "rows": rows, "outlook": outlook}, indent=2))
     else:
-        hint("Add --trainable_parameters to see what to expect of the result.")
+        print_notes(rows, found)
+        if outlook is None:
+            hint("Add --trainable_parameters to see what to expect of the result.")
+        else:
+            size, steps = best.mechanism.expected_batch_size, best.mechanism.steps
+            click.echo(f"\nBest of these: batch {size:g}, {steps} steps. {outlook}")
+    if output_dir is not None:
+        from dp_peft_diffusion.cli.figures import draw_plan
+
+        for path in draw_plan(question, found, output_dir):
+            hint(f"Drawn: {path}")
 
 
-def priced(
-    num_examples: int,
-    epsilon: float | None,
-    delta: float,
-    noise_multiplier: float | None,
-    batches: tuple[int, ...] | None,
-    steps: tuple[int, ...],
-) -> Iterator[tuple[DPMechanism, float]]:
-    """Every mechanism of the table with its epsilon: the promise, or the price rounded up."""
-    from dp_peft_diffusion.privacy import accounting, planning
-    from dp_peft_diffusion.privacy.mechanism import DPMechanism
+def facts_of(promise: Promise, knee: bool, trainable_parameters: int | None, cross_check: bool) -> dict[str, Any]:
+    """One line of the table, by name."""
+    from dp_peft_diffusion.privacy import planning
+    from dp_peft_diffusion.privacy.selection import selection_epsilons
 
-    fitting = [batch for batch in BATCHES if 4 * batch <= num_examples][-2:]
-    batches = batches or (*fitting, max(1, num_examples // 2))
-    for batch in batches:
-        if not 1 <= batch <= num_examples:
-            raise UserError(f"--train_batch_size {batch} is not between 1 and --num_examples {num_examples}.")
-    if epsilon is not None:
-        for row in planning.plan_rows(num_examples, epsilon, delta, batches, steps):
-            yield row.mechanism, epsilon
-        return
-    for batch, count in itertools.product(batches, steps):
-        mechanism = DPMechanism(
-            sampling_prob=batch / num_examples,
-            steps=count,
-            noise_multiplier=noise_multiplier,
-            expected_batch_size=batch,
-            num_examples=num_examples,
-        )
-        yield mechanism, accounting.round_up(mechanism.epsilon(delta))
+    mechanism = promise.mechanism
+    row: dict[str, Any] = {
+        "train_batch_size": mechanism.expected_batch_size,
+        "max_train_steps": mechanism.steps,
+        "epsilon": promise.epsilon,
+        "noise_multiplier": mechanism.noise_multiplier,
+        "noise_per_step": planning.noise_per_step(mechanism),
+        "passes": mechanism.steps * mechanism.sampling_prob,
+        "knee": knee,
+        "epsilon_if_selected": selection_epsilons(promise),
+    }
+    if trainable_parameters is not None:
+        row["signal_to_noise"] = planning.signal_to_noise(mechanism, trainable_parameters)
+    if cross_check:
+        from dp_peft_diffusion.privacy.cross_check import cross_check as checked
+
+        row["cross_check"] = checked(promise)
+    return row
+
+
+def print_notes(rows: list[dict[str, Any]], found: list[Promise]) -> None:
+    """What the table's numbers mean, below it."""
+    from dp_peft_diffusion.privacy.selection import CONDITIONS
+
+    if any(row["knee"] for row in rows):
+        click.echo(f"\n{KNEE_MEANS}")
+    for row, promise in zip(rows, found, strict=True):
+        where = f"batch {row['train_batch_size']:,}, {row['max_train_steps']:,} updates"
+        if "cross_check" in row:
+            click.echo(f"\n{where}: {row['cross_check']}")
+        if row["epsilon_if_selected"] is not None:
+            prices = " or ".join(f"{epsilon:g} ({name})" for name, epsilon in row["epsilon_if_selected"].items())
+            click.echo(
+                f"\n{where}: epsilon {row['epsilon']:g} pays for {promise.tuning_runs} runs, whatever is done with "
+                f"them. Were their number random with that mean, epsilon would be {prices}, {CONDITIONS}."
+            )
 
 
 def table_line(row: dict[str, Any], heading: bool) -> str:
@@ -140,4 +142,5 @@ def table_line(row: dict[str, Any], heading: bool) -> str:
         cells.append(f"{row['signal_to_noise']:.2g}")
     widths = [max(9, len(title)) for title in titles]
     lines = [titles, cells] if heading else [cells]
-    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
+    text = "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
+    return text + (KNEE_MARK if row["knee"] else "")

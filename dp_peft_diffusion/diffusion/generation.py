@@ -18,6 +18,7 @@ from dp_peft_diffusion.diffusion.base_model import BaseModel, load_base
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.privacy import certificate
 from dp_peft_diffusion.privacy.adapter_files import holds_whole_model
+from dp_peft_diffusion.privacy.certificate_form import FILE_NAME
 from dp_peft_diffusion.recipe import Recipe, load_recipe
 
 SCHEDULERS = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "dpmsolver++": "DPMSolverMultistepScheduler"}
@@ -181,7 +182,7 @@ def check_base(base: BaseModel, folder: Path) -> None:
     Raises:
         UserError: its weights are others.
     """
-    if not (folder / certificate.FILE_NAME).is_file():
+    if not (folder / FILE_NAME).is_file():
         return
     trained_on = certificate.read(folder)["base"]
     if trained_on["sha256"] != base.sha256:

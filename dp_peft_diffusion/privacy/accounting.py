@@ -93,7 +93,7 @@ def _sampled_of_group(k: int, q: float) -> tuple[tuple[float, ...], tuple[float,
     counts = np.arange(k + 1)
     chances = binom.pmf(counts, k, q)
     low = int(np.searchsorted(binom.cdf(counts, k, q), NEGLIGIBLE))
-    high = int(binom.isf(NEGLIGIBLE, k, q))
+    high = int(np.argmax(binom.sf(counts, k, q) <= NEGLIGIBLE))
     chances[low] += chances[:low].sum()
     chances[k] += chances[high + 1 : k].sum()
     kept = [*range(low, high + 1), *([k] if high < k and chances[k] > 0 else [])]

@@ -11,6 +11,7 @@ from typing import Any
 from dp_peft_diffusion.errors import PrivacyError, UserError
 from dp_peft_diffusion.privacy.adapter_form import CONFIG_FILE, check_config
 from dp_peft_diffusion.privacy.adapter_layers import AdapterLayers, adapter_layers, check_fit
+from dp_peft_diffusion.privacy.certificate_form import FILE_NAME
 from dp_peft_diffusion.privacy.model_files import (
     BUILTIN_BASES,
     MODEL_FOLDER,
@@ -22,7 +23,6 @@ from dp_peft_diffusion.privacy.strict_form import text
 from dp_peft_diffusion.privacy.untrusted import read_json, safetensors_header
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-CERTIFICATE = "privacy.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +105,14 @@ def check_adapter(folder: Path, base: Path | None = None) -> str:
 
 def _certified_base(folder: Path) -> tuple[str, str | None]:
     """Name and fingerprint of the base by privacy.json; without privacy there is none to ask."""
-    if not (folder / CERTIFICATE).is_file():
+    if not (folder / FILE_NAME).is_file():
         return "which no certificate names", None
-    document = read_json(folder / CERTIFICATE)
+    document = read_json(folder / FILE_NAME)
     base = document.get("base") if isinstance(document, dict) else None
     if not isinstance(base, dict) or not text(r"[^\x00-\x1f\x7f]{1,1000}")(base.get("name")):
-        raise PrivacyError(f"{CERTIFICATE} names no base.")
+        raise PrivacyError(f"{FILE_NAME} names no base.")
     if not text("[0-9a-f]{64}")(base.get("sha256")):
-        raise PrivacyError(f"{CERTIFICATE} has no SHA-256 of the base.")
+        raise PrivacyError(f"{FILE_NAME} has no SHA-256 of the base.")
     return base["name"], base["sha256"]
 
 

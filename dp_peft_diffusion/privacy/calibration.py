@@ -51,7 +51,8 @@ def smallest_noise_multiplier(
     while failed < candidate < passed:
         gap = min(excess(candidate, INTERVALS[0]), 0.05)  # a small step up, even from an infinite price
         failed, passed = (candidate, passed) if gap > 0 else (failed, candidate)
-        candidate = round_up(max(candidate * math.exp(gap / slope), math.nextafter(failed, math.inf)))
+        at_least = max(NOISE_MULTIPLIERS[0], math.nextafter(failed, math.inf))
+        candidate = round_up(max(candidate * math.exp(gap / slope), at_least))
     return passed
 
 

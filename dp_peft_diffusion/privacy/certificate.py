@@ -192,20 +192,31 @@ def read(folder: Path) -> dict[str, Any]:
     return document
 
 
-def verify(folder: str | Path) -> VerifyReport:
-    """Check a shareable folder: form, hashes, weights, mechanism, epsilon re-priced, key. Never raises for bad content.
+def verify(folder: str | Path, base: str | Path | None = None, cross_check: bool = False) -> VerifyReport:
+    """Check a shareable folder, level by level. Never raises for bad content, and imports no torch.
 
     What it cannot prove is in `CANNOT_PROVE`.
+
+    Args:
+        folder: what was shared.
+        base: diffusers folder of the base, to see that the adapter fits; a built-in base is found without it.
+        cross_check: price the promise once more by the PRV accountant of Opacus, in a process of its own.
     """
     folder = Path(folder)
     try:
         document = read(folder)
     except PrivacyError as error:
         return VerifyReport(False, None, (("certificate", False, str(error)),))
-    from dp_peft_diffusion.privacy.certificate_levels import LEVELS  # and with it the accountants, not before
+    from dp_peft_diffusion.privacy.adapter_files import check_adapter
+    from dp_peft_diffusion.privacy.certificate_levels import LEVELS, cross_checked  # and the accountants, not before
 
+    checks = dict(LEVELS)
+    if base is not None:
+        checks["adapter"] = lambda folder, _: check_adapter(folder, Path(base))
+    if cross_check:
+        checks["cross-check"] = cross_checked
     levels = [("certificate", True, f"{FILE_NAME} has the form {SCHEMA}.")]
-    for name, check in LEVELS.items():
+    for name, check in checks.items():
         try:
             levels.append((name, True, check(folder, document)))
         except (PrivacyError, UserError) as error:

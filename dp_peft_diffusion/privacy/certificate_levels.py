@@ -4,9 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dp_peft_diffusion.errors import PrivacyError
+from dp_peft_diffusion.errors import PrivacyError, UserError
+from dp_peft_diffusion.privacy.adapter_files import check_adapter
 from dp_peft_diffusion.privacy.certificate_form import ADAPTER_FILES, ALSO_HASHED, MODEL_FILES
 from dp_peft_diffusion.privacy.composition import promise_of
+from dp_peft_diffusion.privacy.cross_check import cross_check
 from dp_peft_diffusion.privacy.promise import guarantee, statement
 from dp_peft_diffusion.privacy.untrusted import safetensors_header, sha256_of
 
@@ -32,6 +34,10 @@ def _check_weights(folder: Path, document: dict[str, Any]) -> str:
         if name.endswith(".safetensors"):
             counts.append(f"{name} holds {len(safetensors_header(folder / name).tensors)} tensors")
     return f"{'; '.join(counts)}, well formed, without other metadata."
+
+
+def _check_adapter(folder: Path, document: dict[str, Any]) -> str:
+    return check_adapter(folder)
 
 
 def _check_mechanism(folder: Path, document: dict[str, Any]) -> str:
@@ -117,9 +123,18 @@ def _check_gradients(folder: Path, document: dict[str, Any]) -> str:
     return "Recorded: before training, per-example gradients of this model equalled those of examples one by one."
 
 
+def cross_checked(folder: Path, document: dict[str, Any]) -> str:
+    """The level "cross-check", which runs only when asked for."""
+    try:
+        return cross_check(promise_of(document))
+    except UserError as error:  # no opinion is no contradiction
+        return f"NOT CHECKED: {error}"
+
+
 LEVELS: dict[str, Callable[[Path, dict[str, Any]], str]] = {
     "files": _check_files,
     "weights": _check_weights,
+    "adapter": _check_adapter,
     "mechanism": _check_mechanism,
     "epsilon": _check_epsilon,
     "figures": _check_figures,

@@ -35,7 +35,7 @@ EXPONENTS = {
     "F16": ("<u2", 0x1F << 10),
     "BF16": ("<u2", 0xFF << 7),
 }
-_CHUNK = 1 << 23  # bytes read at a time, so that memory stays small however large the file
+_CHUNK = 1 << 20  # bytes read at a time, so that memory stays small however large the file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +183,9 @@ def float32_chunks(path: Path, header: SafetensorsHeader, name: str) -> Iterator
         if dtype == "BF16":  # the upper half of a float32
             yield (np.frombuffer(chunk, "<u2").astype("<u4") << 16).view("<f4")
         else:
-            yield np.frombuffer(chunk, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).astype("<f4")
+            with np.errstate(all="ignore"):  # what is too large becomes an infinity, as in torch
+                numbers = np.frombuffer(chunk, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).astype("<f4")
+            yield numbers
 
 
 def _begin(path: Path, item: tuple[str, Any]) -> tuple[int, int]:

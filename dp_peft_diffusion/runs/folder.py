@@ -186,18 +186,13 @@ class RunFolder:
 
     def clean_staging(self, steps: int) -> None:
         """Take back what was staged after `steps` updates: it is made again."""
-        metrics = self.staging / "metrics.jsonl"
+        metrics, samples = self.staging / "metrics.jsonl", self.staging / "samples"
         if metrics.is_file():
             write_durably(metrics, b"".join(metrics.read_bytes().splitlines(keepends=True)[:steps]))
-        for path in self.staging.iterdir():
-            if path.name == "samples":
-                for grid in path.iterdir():
-                    if grid.suffix != ".png" or int(grid.stem.removeprefix("step-")) > steps:
-                        grid.unlink()
-            elif path.is_dir():
-                shutil.rmtree(path)
-            elif path != metrics:
-                path.unlink()
+        kept = {metrics, samples} | {samples / grid_name(step) for step in range(steps + 1)}
+        for path in [*samples.iterdir(), *self.staging.iterdir()]:
+            if path not in kept:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def publish(self) -> None:
         """Move the finished shareable folder into place, then forget the key."""
@@ -222,6 +217,11 @@ class RunFolder:
         published = self.attempts.is_file() and self.folder.is_dir() and not self.staging.exists()
         if published and (self.key.exists() or not self.finished.is_file()):
             self.close()
+
+
+def grid_name(step: int) -> str:
+    """File of the grid made after `step` updates."""
+    return f"step-{step:04d}.png"
 
 
 def line_differences(before: str, now: str) -> list[str]:

@@ -67,7 +67,7 @@ def export(
         key_after_export=key_after_export,
         gradient_check="skipped" if recipe.train.skip_self_check else "passed",  # else `prepare` had refused
     )
-    grids = sorted(path.name for path in (folder / "samples").glob("step-*.png"))
+    grids = sorted((path.name for path in (folder / "samples").glob("step-*.png")), key=lambda name: (len(name), name))
     card = render_card(facts, recipe, base.subfolder, base.layout.pixel_packing, grids[-1])
     (folder / "README.md").write_text(card, encoding="utf-8")
     return certificate.write(folder, facts)

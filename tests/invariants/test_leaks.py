@@ -235,6 +235,7 @@ HIDINGS = {
         "raw": PICTURE.tobytes(),
         "text": json.dumps(PICTURE.tolist()).encode(),
         "grid.png": png(GRID),
+        "enlarged.png": png(GRID.repeat(2, 0).repeat(2, 1)),
         "grid-rgb.png": png(np.repeat(GRID[..., None], 3, 2)),
         "file.safetensors": save({"x": torch.tensor(PICTURE).float() / 255}),
         "packed.safetensors": packed(PICTURE, torch.float32),

@@ -1,12 +1,13 @@
-"""The planted bugs. Each names the row of the list of failures in docs/explanation/trust.md and the check that sees it."""
+"""The planted bugs. Each names its row of the failures in docs/explanation/trust.md, and the check that sees it."""
 
-from mutants import bookkeeping, instruments
+from mutants import bookkeeping, instruments, whole_runs
 from mutants.planted import mutant
 
 FIRST_ROWS = (  # who takes part, what is summed: rows 1 to 9
     mutant(
         "batches of one fixed size", 1, instruments.sampler, "privacy.poisson:example_ids",
-        "np.flatnonzero(uniform < sampling_prob)", "np.sort(np.argsort(uniform)[: round(num_examples * sampling_prob)])",
+        "np.flatnonzero(uniform < sampling_prob)",
+        "np.sort(np.argsort(uniform)[: round(num_examples * sampling_prob)])",
     ),
     mutant(
         "batches of shuffled epochs", 1, instruments.sampler, "privacy.poisson:example_ids",
@@ -48,7 +49,7 @@ FIRST_ROWS = (  # who takes part, what is summed: rows 1 to 9
         "noisy_sum[name] / expected_batch_size", "noisy_sum[name] / int(expected_batch_size)",
     ),
     mutant(
-        "the divisor comes from a private N", 3, bookkeeping.public_values, "preparation:make_mechanism",
+        "the divisor comes from a private N", 3, whole_runs.public_values, "preparation:make_mechanism",
         "expected_batch_size=batch", "expected_batch_size=batch if public else num_examples * privacy.sampling_prob",
     ),
     mutant(
@@ -198,28 +199,28 @@ MIDDLE_ROWS = (  # noise, keys, attempts, numbers: rows 10 to 20
         "Purpose.NOISE, step", "Purpose.NOISE, 0",
     ),
     mutant(
-        "noise begins anew after a resume", 14, bookkeeping.resumption, "training:train_steps",
+        "noise begins anew after a resume", 14, whole_runs.resumption, "training:train_steps",
         "privatize(prepared, total, key, step)", "privatize(prepared, total, key, step - first)",
     ),
     mutant(
-        "a new attempt draws the old noise", 14, bookkeeping.resumption, "privacy.randomness:attempt_key",
+        "a new attempt draws the old noise", 14, whole_runs.resumption, "privacy.randomness:attempt_key",
         "% attempt", "% 1",
     ),
     mutant(
-        "resumes with another learning rate under the same noise", 14, bookkeeping.resumption,
+        "resumes with another learning rate under the same noise", 14, whole_runs.resumption,
         "runs.folder:RunFolder._check_same", "if changed and not new_attempt:", "if False:",
         "preparation:prepare", "recipe = load_recipe(run.recipe)", "pass",
         "preparation:check_context", "if changed:", "if False:",
         "privacy.randomness:attempt_key", "hkdf_sha256(run_key, context,", "hkdf_sha256(run_key, b'',",
     ),
     mutant(
-        "resumes in another precision under the same noise", 14, bookkeeping.resumption,
+        "resumes in another precision under the same noise", 14, whole_runs.resumption,
         "runs.folder:RunFolder._check_same", "if changed and not new_attempt:", "if False:",
         "preparation:prepare", "recipe = load_recipe(run.recipe)", "pass",
         "runs.context:context_of", '"recipe": recipe', '"recipe": ""',
     ),
     mutant(
-        "steps of an attempt that was given up are free", 15, bookkeeping.resumption, "runs.attempts:charged",
+        "steps of an attempt that was given up are free", 15, whole_runs.resumption, "runs.attempts:charged",
         "steps = min(begun.get(number, 0), mechanism.steps)", "steps = 0",
     ),
     mutant(
@@ -327,21 +328,21 @@ MIDDLE_ROWS = (  # noise, keys, attempts, numbers: rows 10 to 20
 
 LAST_ROWS = (  # data, what is shown, prices, what the optimizer sees: rows 21 to 28
     mutant(
-        "images are normalised by the statistics of their batch", 21, bookkeeping.records,
+        "images are normalised by the statistics of their batch", 21, whole_runs.records,
         "diffusion.datasets:PrivateImages.read",
         "self._pixels[index].float() / 127.5 - 1",
         "(self._pixels[index].float() - self._pixels[index].float().mean()) / 127.5",
     ),
     mutant(
-        "unreadable rows are dropped before N", 21, bookkeeping.records, "diffusion.datasets:PrivateImages.__len__",
+        "unreadable rows are dropped before N", 21, whole_runs.records, "diffusion.datasets:PrivateImages.__len__",
         "len(self._pixels) - 1", "int((self._weights > 0).sum())",
     ),
     mutant(
-        "class names are read off the rows", 21, bookkeeping.records, "diffusion.datasets:open_examples",
+        "class names are read off the rows", 21, whole_runs.records, "diffusion.datasets:open_examples",
         "(*arrays, class_names,", "(*arrays, tuple(class_names[c] for c in np.unique(labels[weights > 0])),",
     ),
     mutant(
-        "rows are ordered by content", 21, bookkeeping.records, "diffusion.datasets:open_examples",
+        "rows are ordered by content", 21, whole_runs.records, "diffusion.datasets:open_examples",
         "torch.from_numpy(pixels),",
         "torch.from_numpy(pixels[np.append(np.argsort(pixels[:-1].mean(axis=(1, 2, 3)), kind='stable'), n)]),",
     ),
@@ -350,11 +351,11 @@ LAST_ROWS = (  # data, what is shown, prices, what the optimizer sees: rows 21 t
         "chunk.clip(0)", "np.array([hash(x.numpy().tobytes()) % 1000 for x in prepared.images.read(chunk)[0]])",
     ),
     mutant(
-        "the self-check runs on private rows", 21, bookkeeping.public_values, "preparation:prepare",
+        "the self-check runs on private rows", 21, whole_runs.public_values, "preparation:prepare",
         "check_clipper(recipe, base, clipper)", "check_clipper(recipe, base, clipper, images.read([0, 1]))",
     ),
     mutant(
-        "durations in metrics.jsonl", 22, bookkeeping.released, "training:record_metrics",
+        "durations in metrics.jsonl", 22, whole_runs.released, "training:record_metrics",
         '"epsilon": epsilon,', '"epsilon": epsilon, "seconds": __import__("time").process_time(),',
     ),
     mutant(
@@ -372,11 +373,11 @@ LAST_ROWS = (  # data, what is shown, prices, what the optimizer sees: rows 21 t
         "columns = 10 if",
     ),
     mutant(
-        "the place of the images is shared", 24, bookkeeping.released, "sharing.export:shareable_recipe",
+        "the place of the images is shared", 24, whole_runs.released, "sharing.export:shareable_recipe",
         "dataset_name=DATA_PLACEHOLDER", "dataset_name=recipe.data.dataset_name",
     ),
     mutant(
-        "the key is left behind", 24, bookkeeping.released, "runs.folder:RunFolder.close",
+        "the key is left behind", 24, whole_runs.released, "runs.folder:RunFolder.close",
         "self.key.unlink(missing_ok=True)", "pass",
     ),
     mutant(
@@ -455,9 +456,9 @@ CHECKS = (
     bookkeeping.draws,
     bookkeeping.prices,
     bookkeeping.certified,
-    bookkeeping.records,
-    bookkeeping.public_values,
-    bookkeeping.released,
-    bookkeeping.resumption,
+    whole_runs.records,
+    whole_runs.public_values,
+    whole_runs.released,
+    whole_runs.resumption,
     bookkeeping.ledger,
 )

@@ -103,7 +103,7 @@ def _check_neighbours(whole: Trace, without: Trace, where: str) -> None:
 
 
 def noise(seed: int) -> None:
-    """The noise of a run that is wide enough for a million numbers of every tensor: its size, its shape, where it is."""
+    """The noise of a run so wide that every tensor gets a million numbers: its size, its shape, where it is."""
     net, sigma = tiny_net(side=8, width=1000, num_classes=400, directions=160, lora=False), 1.3
     images = private_images(normal_records(seed, 2, 8), num_classes=400)
     trace = trace_of(TinyRun(images, steps=16, sampling_prob=0.5, noise_multiplier=sigma), key_of(seed), net)
@@ -264,21 +264,22 @@ class Checkpointed(nn.Module):
 
 
 def gradients(seed: int) -> None:
-    """Sums equal those of plain autograd, one example at a time; under a bound that nothing reaches, to see sizes."""
+    """Sums equal those of plain autograd, one example at a time: clipped, and under a bound that nothing reaches."""
     torch.manual_seed(seed)
-    x, clip = torch.randn(5, 4), Clip(1e6)
+    x, rows = torch.randn(5, 4), torch.randint(0, 7, (5,))
     inner = Layers(nn.Linear(4, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 4))
     grown = Layers(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 4, 1), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(16, 2))
-    models = {"a module called twice": Twice(), "a checkpoint": Checkpointed(inner), "convolution and norm": grown}
-    for (name, model), draws in itertools.product(models.items(), (1, 3)):
+    cases = {
+        "a module called twice": (Twice(), x),
+        "a checkpoint": (Checkpointed(inner), x),
+        "convolution and norm": (grown, x),
+        "a table of rows": (Layers(nn.Embedding(7, 3)), rows),
+    }
+    for (name, (model, batch)), draws, bound in itertools.product(cases.items(), (1, 3), (C, 1e6)):
         loss_fn = repeated_loss(draws)
-        found = PerSampleClipper(model, clip.max_grad_norm).clipped_sum_of(loss_fn, (x,))
-        error = relative_error(found, loop_clipped_sum(model, loss_fn, (x,), clip))
+        found = PerSampleClipper(model, bound).clipped_sum_of(loss_fn, (batch,))
+        error = relative_error(found, loop_clipped_sum(model, loss_fn, (batch,), Clip(bound)))
         assert error < 1e-5, f"{name}, K = {draws}: the sum is {error:.2g} off the loop's"
-    table, rows = Layers(nn.Embedding(7, 3)), torch.randint(0, 7, (5,))
-    found = PerSampleClipper(table, clip.max_grad_norm).clipped_sum_of(repeated_loss(2), (rows,))
-    error = relative_error(found, loop_clipped_sum(table, repeated_loss(2), (rows,), clip))
-    assert error < 1e-5, f"a table of rows: the sum is {error:.2g} off the loop's"
 
 
 def refusals(seed: int) -> None:

@@ -115,8 +115,8 @@ class Trace:
     """What the steps of one run did, seen from outside.
 
     sums: clipped sums as they met the noise, and `noisy` as they came out of it. updates, divisors: what the optimizer
-    was given. ledger_at_noise: lines of the ledger when each noise was drawn. read: ids of the images that were read, micro-batch by micro-batch; made, steps: ids and step of the
-    batches that were made of them.
+    was given. ledger_at_noise: lines of the ledger when each noise was drawn. read: ids of the images that were read,
+    micro-batch by micro-batch; made, steps: ids and step of the batches that were made of them.
     """
 
     sums: list[dict[str, Tensor]] = field(default_factory=list)
@@ -137,7 +137,7 @@ class Trace:
         """What anybody could see of the run but the numbers that noise covers."""
         shapes = [{name: tensor.shape for name, tensor in update.items()} for update in self.updates]
         public = [{name: line[name] for name in line if name != "update_norm"} for line in self.metrics]
-        return shapes, self.divisors, self.ledger, public, self.files, self.first_grid
+        return shapes, len(self.sums), self.divisors, self.ledger, public, self.files, self.first_grid
 
 
 @dataclass(frozen=True)
@@ -191,18 +191,19 @@ class TinyRun:
         )
 
 
+def tiny_base(net: nn.Module) -> BaseModel:
+    scheduler = DDPMScheduler(prediction_type="epsilon")
+    return BaseModel(net, scheduler, BaseLayout(1, NULL_ROW), "tiny", None, None, "0" * 64)
+
+
 def prepared_run(run: TinyRun, folder: Path, net: nn.Module) -> training.Prepared:
     """What `preparation.prepare` would hand over."""
-    scheduler = DDPMScheduler(prediction_type="epsilon")
-    base = BaseModel(net, scheduler, BaseLayout(1, NULL_ROW), "tiny", None, None, "0" * 64)
-    recipe = run.recipe()
-    folders = RunFolder(folder / "run")
     return training.Prepared(
-        recipe=recipe,
+        recipe=run.recipe(),
         requested="",
-        run=folders,
+        run=RunFolder(folder / "run"),
         accelerator=ACCELERATOR,
-        base=base,
+        base=tiny_base(net),
         images=run.images,
         adapter=Adapter(net, None, net.class_embedding),
         clipper=PerSampleClipper(net, C),

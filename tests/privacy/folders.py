@@ -5,6 +5,8 @@ import struct
 
 from dp_peft_diffusion.privacy import certificate
 from dp_peft_diffusion.privacy.mechanism import DPMechanism
+from dp_peft_diffusion.privacy.promise import make_promise
+from tests.privacy.strangers import HANDWRITING_SHA256, write_adapter
 
 BATCH, N = 500, 1797
 
@@ -34,21 +36,21 @@ def mechanism(**changes):
     return DPMechanism(**{**fields, **changes})
 
 
+def promise(epsilon=1.0, delta=1e-5, tuning_runs=None, prior=(), **changes):
+    return make_promise(mechanism(**changes), delta=delta, epsilon=epsilon, tuning_runs=tuning_runs, prior=prior)
+
+
 def make_folder(folder, **changes):
     """A folder with its certificate written, as a run leaves it. Returns the certificate."""
-    folder.mkdir(exist_ok=True)
-    (folder / "adapter_config.json").write_text("{}")
-    (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(*two_tensors()))
+    write_adapter(folder)
     (folder / "recipe.yaml").write_text("train: {}\n")
     arguments = {
-        "mechanism": mechanism(),
-        "delta": 1e-5,
-        "epsilon": 1.0,
+        "promise": changes.pop("promise", None) or promise(),
         "clipping": "automatic",
         "gamma": 0.01,
         "noise_multiplicity": 4,
         "public_inputs": {"class_names": ["0", "1", "déjà vu"], "resolution": 32},
-        "base": {"name": "builtin:handwriting", "revision": None, "sha256": "a" * 64},
+        "base": {"name": "builtin:handwriting", "revision": None, "sha256": HANDWRITING_SHA256},
         "folder": folder,
     }
     document = certificate.certificate(**{**arguments, **changes})

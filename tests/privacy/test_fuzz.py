@@ -18,12 +18,14 @@ from dp_peft_diffusion.cli.inspection import inspect_files
 from dp_peft_diffusion.errors import PrivacyError, UserError
 from dp_peft_diffusion.privacy.adapter_files import read_adapter
 from dp_peft_diffusion.privacy.adapter_layers import check_fit
+from dp_peft_diffusion.privacy.certificate import verify
 from dp_peft_diffusion.privacy.model_files import read_base
 from dp_peft_diffusion.privacy.untrusted import sha256_of
 from tests.privacy import strangers
 
-FAST, SLOW = range(25), range(25, 525)  # seeds; each gives 20 mutants, split over the kinds of file
-MUTANTS = 20
+MUTANTS = 20  # of each seed
+FAST, SLOW = range(20), range(100, 500)  # seeds of adapters: config and tensors
+FAST_CERTIFICATES, SLOW_CERTIFICATES = range(5), range(100, 200)
 MAX_SECONDS = 10
 BASE = read_base(strangers.HANDWRITING)
 SPITEFUL = (
@@ -175,12 +177,58 @@ def fuzz_adapter(folder, seed):
     assert not refused(lambda: check(folder))
 
 
+def fuzz_certificate(folder, seed):
+    rng = random.Random(seed)
+    path = folder / "privacy.json"
+    good = path.read_bytes()
+    for _ in range(MUTANTS):
+        changed = altered_json(rng, good)
+        path.write_bytes(changed)
+        assert not refused(lambda: check_that_the_promise_is_no_smaller(folder, json.loads(good)))
+        refused(lambda: inspect_files(folder))
+    path.write_bytes(good)
+
+
+def check_that_the_promise_is_no_smaller(folder, original):
+    """`verify` reports and never raises; what it lets pass promises as much as the original."""
+    report = verify(folder)
+    assert all(text for _, _, text in report.levels)
+    if not report.ok:
+        return
+    document = json.loads((folder / "privacy.json").read_text())
+    for key in ("statement", "unit", "neighboring_relation", "tuning", "covers", "excludes", "sha256", "key_source"):
+        assert document[key] == original[key], key
+    assert report.epsilon == original["guarantee"]["epsilon"]
+    if document["mechanism"] == original["mechanism"]:
+        for rate, odds in document["guarantee"]["max_tpr_at_fpr"].items():
+            assert odds >= original["guarantee"]["max_tpr_at_fpr"][rate] * (1 - 2e-3)
+
+
+@pytest.fixture(scope="module")
+def certified_folder(tmp_path_factory):
+    folder = strangers.write_adapter(tmp_path_factory.mktemp("certified") / "folder")
+    strangers.certify(folder)
+    assert verify(folder).ok
+    return folder
+
+
+@pytest.mark.parametrize("seed", FAST_CERTIFICATES)
+def test_an_altered_certificate_is_refused_or_promises_no_less(certified_folder, seed):
+    fuzz_certificate(certified_folder, seed)
+
+
+@pytest.mark.slow
+def test_two_thousand_altered_certificates_are_refused_or_promise_no_less(certified_folder):
+    for seed in SLOW_CERTIFICATES:
+        fuzz_certificate(certified_folder, seed)
+
+
 @pytest.mark.parametrize("seed", FAST)
 def test_an_altered_adapter_is_refused_or_harmless(tmp_path, seed):
     fuzz_adapter(tmp_path, seed)
 
 
 @pytest.mark.slow
-def test_ten_thousand_altered_adapters_are_refused_or_harmless(tmp_path):
+def test_eight_thousand_altered_adapters_are_refused_or_harmless(tmp_path):
     for seed in SLOW:
         fuzz_adapter(tmp_path, seed)

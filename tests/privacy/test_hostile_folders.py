@@ -1,17 +1,21 @@
 """Folders made to do harm: refused for the right reason, quickly, in little memory, with nothing run or unpickled."""
 
+import contextlib
 import copy
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
+from dp_peft_diffusion.cli import main
 from dp_peft_diffusion.errors import PrivacyError, UserError
 from dp_peft_diffusion.privacy.adapter_files import check_adapter
 from tests.privacy import strangers
@@ -114,7 +118,7 @@ def wrong_base(folder):
 
 
 def base_elsewhere(folder):
-    strangers.write_base_of(folder, name="builtin:../../../etc")
+    strangers.write_base_of(folder, name="builtin:../bases/handwriting")
 
 
 def pipe(folder):
@@ -282,14 +286,17 @@ class Evil:
         return os.mkdir, ("evil-was-run",)
 
 
+PICKLES = ("adapter_model.bin", "pytorch_model.bin", "diffusion_pytorch_model.bin", "adapter_model.pt")
+
+
 def write_pickles(folder):
-    for name in ("adapter_model.bin", "pytorch_model.bin", "diffusion_pytorch_model.bin", "adapter_model.pt"):
+    for name in PICKLES:
         (folder / name).write_bytes(pickle.dumps(Evil()))
 
 
 # Audit hooks cannot be taken off again, so each use is a process of its own.
 WATCHED = """
-import resource, sys, time
+import sys, time
 from pathlib import Path
 seen = []
 NEVER = ("pickle.find_class", "socket.connect", "socket.getaddrinfo", "os.system", "subprocess.Popen", "os.exec")
@@ -302,23 +309,31 @@ def hook(event, arguments):
 FOLDERS, how = sys.argv[2], sys.argv[1]
 from dp_peft_diffusion.errors import PrivacyError, UserError
 from dp_peft_diffusion.privacy.adapter_files import check_adapter
+from dp_peft_diffusion.privacy.certificate import verify
 if how == "load":
     from dp_peft_diffusion.diffusion.adapters import load_adapter
     from dp_peft_diffusion.diffusion.base_model import load_base
     unet = load_base("builtin:handwriting").unet
+def verify_or_raise(folder):
+    report = verify(folder)
+    if not report.ok:
+        raise PrivacyError(str(report.levels))
+
+deeds = {"check": check_adapter, "verify": verify_or_raise, "load": lambda folder: load_adapter(unet, folder)}
 sys.addaudithook(hook)
 slowest = 0.0
 for folder in sorted(Path(FOLDERS).iterdir()):
     begin = time.perf_counter()
     try:
-        load_adapter(unet, folder) if how == "load" else check_adapter(folder)
+        deeds[how](folder)
         assert folder.name == "good", folder
     except (PrivacyError, UserError) as error:
         assert folder.name != "good", error
     slowest = max(slowest, time.perf_counter() - begin)
 assert not seen, seen
 assert how == "load" or "torch" not in sys.modules
-print(slowest, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+(peak,) = (line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(slowest, 1024 * int(peak))  # not ru_maxrss, which counts what the parent had
 """
 
 
@@ -352,6 +367,31 @@ def test_checking_needs_little_time_and_memory_runs_nothing_and_opens_no_pickle(
 def test_loading_runs_nothing_opens_no_pickle_and_asks_no_network(hostile_folders):
     slowest, _ = watched("load", hostile_folders)
     assert slowest < MAX_SECONDS
+
+
+@pytest.fixture(scope="module")
+def certified_hostile_folders(hostile_folders):
+    """The same with the hashes of what was planted, so that every file is as certified; pickles are found by name."""
+    for folder in hostile_folders.iterdir():
+        for name in PICKLES:
+            (folder / name).unlink()
+        with contextlib.suppress(PrivacyError):  # what is missing or too large for a hash keeps no certificate
+            strangers.certify(folder)
+    return hostile_folders
+
+
+def test_verify_refuses_what_is_certified_but_hostile_in_little_time_and_memory(certified_hostile_folders):
+    slowest, memory = watched("verify", certified_hostile_folders)
+    assert slowest < MAX_SECONDS and memory < MAX_BYTES
+
+
+@pytest.mark.parametrize("case", ["a pattern that hangs a matcher", "NaN", "tensors of another base"])
+def test_verify_on_the_command_line_says_why_and_exits_3(tmp_path, case):
+    plant, reason = HOSTILE[case]
+    plant(strangers.write_adapter(tmp_path))
+    strangers.certify(tmp_path)
+    result = CliRunner().invoke(main, ["verify", str(tmp_path)])
+    assert result.exit_code == 3 and re.search(reason, result.stdout), result.output
 
 
 def test_the_watch_would_see_a_pickle_and_a_connection(tmp_path):

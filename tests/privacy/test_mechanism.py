@@ -5,6 +5,7 @@ import pytest
 
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.privacy.mechanism import DPMechanism
+from dp_peft_diffusion.recipe import NEIGHBORING_RELATIONS
 
 FIELDS = {
     "sampling_prob": 0.1,
@@ -17,9 +18,9 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize("relation", ["zero_out", "add_or_remove_one"])
+@pytest.mark.parametrize("relation", NEIGHBORING_RELATIONS)
 def test_noise_stddev_is_noise_multiplier_times_clip_bound_under_every_relation(relation):
-    num_examples = 1000 if relation == "zero_out" else None
+    num_examples = None if relation == "add_or_remove_one" else 1000
     mechanism = DPMechanism(**{**FIELDS, "neighboring_relation": relation, "num_examples": num_examples})
     assert mechanism.noise_stddev == 2.0 * 0.5
 
@@ -72,7 +73,39 @@ def test_noise_and_price_need_a_noise_multiplier():
             ask()
 
 
+def test_combinations_without_a_price_are_refused_with_the_reason():
+    private_n = {"neighboring_relation": "add_or_remove_one", "num_examples": None}
+    for changes, reason in (
+        ({"max_examples_per_group": 2, "neighboring_relation": "replace_one"}, "under replace_one have no known price"),
+        ({"max_examples_per_group": 2, "truncated_batch_size": 200}, "together with groups has no known price"),
+        ({"truncated_batch_size": 200, **private_n}, "only where the number of records is public"),
+        ({"truncated_batch_size": 1001}, "truncated_batch_size is 1001"),
+        ({"truncated_batch_size": 0}, "truncated_batch_size is 0"),
+        ({"max_examples_per_group": 1025}, "max_examples_per_group is 1025"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            DPMechanism(**{**FIELDS, **changes})
+    DPMechanism(**{**FIELDS, "max_examples_per_group": 2, **private_n})
+    DPMechanism(**{**FIELDS, "truncated_batch_size": 200, "neighboring_relation": "replace_one"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "event"),
+    [
+        ({}, "PoissonSampled"),
+        ({"max_examples_per_group": 3}, "MixtureOfGaussians"),
+        ({"truncated_batch_size": 200}, "TruncatedSubsampledGaussian"),
+    ],
+)
+def test_group_and_cap_are_in_the_event_that_is_priced(changes, event):
+    mechanism = DPMechanism(**{**FIELDS, **changes})
+    assert event in repr(mechanism.event)
+    calibrated = mechanism.calibrate(1.0, 1e-5)
+    assert 0.98 < calibrated.epsilon(1e-5) <= 1.0
+
+
 NUMBERS = ("sampling_prob", "steps", "noise_multiplier", "max_grad_norm", "expected_batch_size", "num_examples")
+NUMBERS += ("truncated_batch_size", "max_examples_per_group")
 
 
 @pytest.mark.parametrize("field", NUMBERS)
@@ -82,7 +115,7 @@ def test_garbage_in_any_field_is_refused_by_name(field, bad):
         DPMechanism(**{**FIELDS, field: bad})
 
 
-@pytest.mark.parametrize("bad", ["replace_one", "zero", "", None, 3, ["zero_out"]])
+@pytest.mark.parametrize("bad", ["replace_special", "zero", "", None, 3, ["zero_out"]])
 def test_unknown_relations_are_refused_naming_the_known(bad):
-    with pytest.raises(UserError, match="zero_out, add_or_remove_one"):
+    with pytest.raises(UserError, match="zero_out, add_or_remove_one, replace_one"):
         DPMechanism(**{**FIELDS, "neighboring_relation": bad})

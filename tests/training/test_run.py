@@ -13,7 +13,7 @@ from scipy.stats import chi2
 from tiny_models import tiny_base_folder
 
 from dp_peft_diffusion import attempt, batches, preparation, rehearsal, training
-from dp_peft_diffusion.errors import RunError, UserError
+from dp_peft_diffusion.errors import PrivacyError, RunError, UserError
 from dp_peft_diffusion.privacy.certificate import verify
 from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, Recipe, Sample, Train
 from dp_peft_diffusion.training import FinishedRun, micro_batches, prepare, run, train, train_steps
@@ -363,4 +363,14 @@ def test_delta_above_one_over_n_and_batches_above_n_are_refused(recipe, tmp_path
     recipe = changed(changed(recipe, "privacy", delta=delta), "train", train_batch_size=batch)
     with pytest.raises(UserError, match="delta|train_batch_size"):
         prepare(recipe, tmp_path / "run")
+    assert not (tmp_path / "run.private").exists()
+
+
+def test_an_adapter_that_could_not_be_exported_is_refused_before_anything_is_spent(recipe, tmp_path, monkeypatch):
+    def too_large(folder):
+        raise PrivacyError("adapter_model.safetensors is larger than 256 MiB.")
+
+    monkeypatch.setattr(rehearsal, "check_adapter", too_large)
+    with pytest.raises(UserError, match="cannot be exported: adapter_model.safetensors is larger.*--rank"):
+        train(recipe, tmp_path / "run")
     assert not (tmp_path / "run.private").exists()
