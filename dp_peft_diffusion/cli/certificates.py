@@ -1,14 +1,18 @@
 """`dp-peft verify` and `dp-peft inspect`: read a folder that somebody handed over."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dp_peft_diffusion.cli.options import format_option
 from dp_peft_diffusion.errors import PrivacyError, UserError
+
+if TYPE_CHECKING:
+    from dp_peft_diffusion.privacy.certificate import VerifyReport
 
 _folder = click.argument("folder", type=click.Path(path_type=Path))
 
@@ -17,18 +21,28 @@ _folder = click.argument("folder", type=click.Path(path_type=Path))
 @_folder
 @click.option("--base", metavar="FOLDER", type=click.Path(path_type=Path), help="Folder of the base: does it fit?")
 @click.option("--cross_check", is_flag=True, help="Price once more by the PRV accountant of Opacus (slow).")
+@click.option("--escrow_key", metavar="FILE", type=click.Path(path_type=Path), help="Train again with this key.")
+@click.option("--dataset_name", help="The private images, which --escrow_key needs.")
 @format_option
-def verify(folder: Path, base: Path | None, cross_check: bool, style: str) -> None:
+def verify(
+    folder: Path, base: Path | None, cross_check: bool, escrow_key: Path | None, dataset_name: str | None, style: str
+) -> None:
     """Check the files and the promise of a folder.
 
-    Says also what no check can prove. Exit code 0: all checks passed. 3: one did not.
+    Says also what no check can prove. With the key that was escrowed and the images, training is repeated, and the
+    weights must come out bit for bit. Exit code 0: all checks passed. 3: one did not.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder. Give the folder that `dp-peft train` wrote.")
+    if (escrow_key is None) != (dataset_name is None):
+        raise UserError("--escrow_key FILE and --dataset_name IMAGES go together: a replay needs both.")
+    delete_left_over_key(folder)
 
     from dp_peft_diffusion.privacy.certificate import CANNOT_PROVE, verify
 
     report = verify(folder, base, cross_check)
+    if escrow_key is not None and dataset_name is not None and report.ok:
+        report = replayed(report, folder, escrow_key, dataset_name, base)
     levels = [{"name": name, "ok": ok, "text": text} for name, ok, text in report.levels]
     if style == "json":
         facts = {"ok": report.ok, "epsilon": report.epsilon, "levels": levels, "cannot_prove": list(CANNOT_PROVE)}
@@ -45,6 +59,28 @@ def verify(folder: Path, base: Path | None, cross_check: bool, style: str) -> No
     if not report.ok:
         failed = ", ".join(name for name, ok, _ in report.levels if not ok)
         raise PrivacyError(f"{folder} does not keep what it claims ({failed}). Do not rely on it; ask for it again.")
+
+
+def replayed(
+    report: "VerifyReport", folder: Path, escrow_key: Path, dataset_name: str, base: Path | None
+) -> "VerifyReport":
+    """The report with one level more: whether training again gives the certified weights."""
+    from dp_peft_diffusion.replay import replay
+
+    try:
+        level = ("replay", True, replay(folder, escrow_key, dataset_name, None if base is None else str(base)))
+    except PrivacyError as error:
+        level = ("replay", False, str(error))
+    return dataclasses.replace(report, ok=report.ok and level[1], levels=(*report.levels, level))
+
+
+def delete_left_over_key(folder: Path) -> None:
+    """Of a run that was published and stopped just before it deleted its key."""
+    folder = folder.resolve()
+    if folder.name and (folder.with_name(f"{folder.name}.private") / "key").is_file():
+        from dp_peft_diffusion.runs.folder import RunFolder
+
+        RunFolder(folder).finish_closing()
 
 
 @click.command("inspect")

@@ -125,9 +125,7 @@ def test_a_prior_release_is_priced_again_and_the_total_is_promised(recipe, tmp_p
     everyone = changed(recipe, "train", train_batch_size=10)  # a plain Gaussian, which is priced at once
     first = train(changed(everyone, "privacy", noise_multiplier=8.0), tmp_path / "first")
     spent = first.certificate["guarantee"]["epsilon"]
-    wanted = changed(
-        everyone, "privacy", noise_multiplier=None, epsilon=2 * spent, prior_event=(str(first.folder),)
-    )
+    wanted = changed(everyone, "privacy", noise_multiplier=None, epsilon=2 * spent, prior_event=(str(first.folder),))
     alone = changed(wanted, "privacy", prior_event=None)
     prepared = prepare(wanted, tmp_path / "second")
     assert prepared.mechanism.noise_multiplier > prepare(alone, tmp_path / "alone").mechanism.noise_multiplier

@@ -5,8 +5,10 @@ import shutil
 import stat
 
 import pytest
+from click.testing import CliRunner
 from tiny_runs import changed, tiny_recipe
 
+from dp_peft_diffusion.cli import main
 from dp_peft_diffusion.errors import PrivacyError, UserError
 from dp_peft_diffusion.privacy.certificate import verify
 from dp_peft_diffusion.replay import replay
@@ -32,6 +34,21 @@ def test_a_replay_gives_the_certified_weights_and_leaves_nothing_behind(recipe, 
     sentence = replay(escrowed[0], escrowed[1], *places)
     assert "adapter_model.safetensors came out bit for bit" in sentence
     assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_replays_through_the_command_line(recipe, escrowed, tmp_path):
+    folder, key = escrowed
+    base = ("--base", recipe.model.pretrained_model_name_or_path)
+    words = ["verify", str(folder), "--escrow_key", str(key), "--dataset_name", recipe.data.dataset_name, *base]
+    shown = CliRunner().invoke(main, words)
+    assert shown.exit_code == 0 and "✓ replay" in shown.stdout, shown.output
+    shutil.copytree(recipe.data.dataset_name, tmp_path / "other")
+    next((tmp_path / "other").rglob("*.png")).write_bytes(b"")
+    words[words.index(recipe.data.dataset_name)] = str(tmp_path / "other")
+    refused = CliRunner().invoke(main, words)
+    assert refused.exit_code == 3 and "✗ replay" in refused.stdout and "the images changed" in refused.stdout
+    alone = CliRunner().invoke(main, ["verify", str(folder), "--escrow_key", str(key)])
+    assert alone.exit_code == 2 and "--dataset_name" in alone.stderr
 
 
 def test_images_moved_elsewhere_replay_and_other_images_do_not(recipe, escrowed, tmp_path):

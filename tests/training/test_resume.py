@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tiny_runs import KEY, changed, tiny_recipe
 
 from dp_peft_diffusion import attempt, preparation, training
+from dp_peft_diffusion.cli.certificates import delete_left_over_key
 from dp_peft_diffusion.errors import RunError, UserError
 from dp_peft_diffusion.privacy import spending
 from dp_peft_diffusion.privacy.certificate import verify
@@ -300,9 +301,13 @@ def test_two_processes_cannot_be_at_one_run(recipe, tmp_path, monkeypatch):
 def test_the_key_of_a_published_run_is_deleted_by_the_next_command(recipe, tmp_path, monkeypatch):
     interrupt(monkeypatch, recipe, tmp_path / "run", RunFolder, "close", 1)
     assert (tmp_path / "run" / "privacy.json").is_file() and (tmp_path / "run.private" / "key").is_file()
+    shutil.copytree(tmp_path, tmp_path / "copy", symlinks=True)
     with pytest.raises(FinishedRun):
         prepare(recipe, tmp_path / "run")
     assert not (tmp_path / "run.private" / "key").exists()
+    delete_left_over_key(tmp_path / "copy" / "run")
+    assert not (tmp_path / "copy" / "run.private" / "key").exists()
+    assert (tmp_path / "copy" / "run.private" / "finished").is_file()
 
 
 def test_the_order_at_the_end_is_checked_export_then_rename_then_no_key(recipe, tmp_path, monkeypatch):
