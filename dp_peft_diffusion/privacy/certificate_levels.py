@@ -10,6 +10,7 @@ from dp_peft_diffusion.privacy.certificate_form import ADAPTER_FILES, ALSO_HASHE
 from dp_peft_diffusion.privacy.composition import promise_of
 from dp_peft_diffusion.privacy.cross_check import cross_check
 from dp_peft_diffusion.privacy.promise import guarantee, statement
+from dp_peft_diffusion.privacy.ranges import round_up
 from dp_peft_diffusion.privacy.untrusted import safetensors_header, sha256_of
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npz", ".npy", ".h5", ".onnx")
@@ -60,9 +61,9 @@ def _check_epsilon(folder: Path, document: dict[str, Any]) -> str:
             f"The recorded mechanism{composed} costs epsilon {priced:.6g} at delta {delta:g}, not {promise.epsilon:g}."
         )
     by_rdp = promise.priced_by_rdp
-    beside = "RDP has no price for it" if by_rdp is None else f"{by_rdp:.4g} by the looser RDP"
+    beside = "RDP has no price for it" if by_rdp is None else f"{round_up(by_rdp):g} by the looser RDP"
     return (
-        f"The recorded mechanism{composed} costs epsilon {priced:.6g} at delta {delta:g} (PLD; {beside}), "
+        f"The recorded mechanism{composed} costs epsilon {round_up(priced, 6):g} at delta {delta:g} (PLD; {beside}), "
         f"at most the promised {promise.epsilon:g}."
     )
 

@@ -9,6 +9,7 @@ import sys
 
 from dp_peft_diffusion.errors import PrivacyError, UserError
 from dp_peft_diffusion.privacy.promise import Promise
+from dp_peft_diffusion.privacy.ranges import round_up
 
 EPSILON_ERROR = 0.01  # what PRV adds for its discretization
 SECONDS = 300
@@ -35,7 +36,7 @@ def cross_check(promise: Promise) -> str:
         raise PrivacyError(
             f"By the PRV accountant of Opacus it costs epsilon {by_prv:.4g}, by PLD {priced:.4g}: they disagree."
         )
-    return f"By the PRV accountant of Opacus it costs epsilon {by_prv:.4g}, an error of up to 0.01 included."
+    return f"By the PRV accountant of Opacus it costs epsilon {round_up(by_prv):g}, an error of up to 0.01 included."
 
 
 def prv_epsilon(promise: Promise) -> float:

@@ -11,8 +11,8 @@ from dp_accounting.dp_event import MixtureOfGaussiansDpEvent
 from dp_peft_diffusion.privacy.certificate_form import INTERVALS
 
 MAX_POINTS = 500_000  # of the composed loss
-MAX_SEARCHES = 4_500  # for points of one step's loss, of 0.15 ms each with groups
-SHORT = 1 / 50  # without groups, which have a closed form
+MAX_SEARCHES = 10_000  # for points of one step's loss, of 0.15 ms each with groups
+SHORT = 1 / 30  # without groups, which have a closed form
 TERMS = 150  # sampled numbers of one group that double the time
 TAIL = 10.0  # standard deviations at which the accountant cuts a Gaussian off
 LOG_CUT = 70.0  # 2 log(2 / 1e-15): where it cuts the composed loss off

@@ -204,7 +204,11 @@ def _replace_one(promise: Promise) -> float | None:
 
 
 def _per_image(promise: Promise) -> float | None:
-    """Epsilon for one image of a group made blank, smaller than that of the group; None without groups."""
+    """Epsilon for one image of a group, smaller than that of the group; None without groups.
+
+    An image that is taken out may let another of its group step in, where the group has more than count: the change
+    is that of one record replaced by another.
+    """
     if promise.mechanism.max_examples_per_group == 1:
         return None
 
@@ -213,7 +217,8 @@ def _per_image(promise: Promise) -> float | None:
 
     prior = [dataclasses.replace(release, mechanism=single(release.mechanism)) for release in promise.prior]
     event = composed_event(single(promise.mechanism), promise.tuning_runs, prior)
-    return round_up(accounting.epsilon(event, promise.delta, promise.mechanism.neighboring_relation))
+    epsilon = accounting.epsilon(event, promise.delta, "replace_one")
+    return round_up(epsilon) if math.isfinite(epsilon) else None
 
 
 def statement(promise: Promise, guarantee: dict[str, Any]) -> str:
@@ -239,7 +244,7 @@ def statement(promise: Promise, guarantee: dict[str, Any]) -> str:
     if guarantee["epsilon_replace_one"] is not None:
         beside = f" For one record replaced by another, epsilon is {guarantee['epsilon_replace_one']:g}."
     if guarantee["epsilon_per_image"] is not None:
-        beside = f" For a single image of a group, epsilon is the smaller {guarantee['epsilon_per_image']:g}."
+        beside = f" For one image of a group, epsilon is the smaller {guarantee['epsilon_per_image']:g}."
     return (
         f"{change} changes the probability of any outcome of {' and '.join(covered)} by a factor of at most "
         f"e^{epsilon:g} = {math.exp(epsilon):.4g}, and by {delta:g} on top. {known} An attacker who knows everything "

@@ -3,14 +3,16 @@
 import json
 import re
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
-from safetensors.numpy import save_file
+from PIL import Image
 
 from dp_peft_diffusion.cli import certificates, main
 from dp_peft_diffusion.privacy import certificate, planning
 from dp_peft_diffusion.privacy.mechanism import DPMechanism
+from dp_peft_diffusion.privacy.promise import make_promise
+from tests.privacy.folders import make_folder
+from tests.privacy.strangers import HANDWRITING_SHA256, write_adapter
 
 
 def invoke(*words, **settings):
@@ -68,6 +70,70 @@ def test_plan_chooses_batches_that_fit_the_data():
         assert [row["train_batch_size"] for row in rows] == expected
 
 
+def test_plan_finds_the_most_updates_for_an_epsilon_and_a_noise():
+    words = ["--num_examples", 60000, "--train_batch_size", 4096, "--epsilon", 1, "--noise_multiplier", 8.134]
+    (row,) = planned(*words)["rows"]
+    assert row["max_train_steps"] == pytest.approx(1000, abs=1)
+
+
+def test_plan_marks_the_knee_and_says_what_it_is():
+    words = ["--num_examples", 60000, "--epsilon", 1, "--train_batch_size", "4096,256,1024", "--max_train_steps", 1000]
+    result = invoke("plan", *words)
+    marked = [line for line in result.stdout.splitlines() if line.endswith("<- knee")]
+    assert [line.split()[0] for line in marked] == ["1,024"]
+    assert "10 % above that of a full batch" in result.stdout
+
+
+def test_plan_prices_other_units_relations_and_compositions(tmp_path):
+    make_folder(tmp_path / "run")
+    one = ["--num_examples", 1797, "--train_batch_size", 500, "--max_train_steps", 200, "--noise_multiplier", 14.78]
+    alone = planned(*one)["rows"][0]["epsilon"]
+    for more, factor in (
+        (["--max_examples_per_group", 4], 4.75),
+        (["--neighboring_relation", "replace_one"], 2.13),
+        (["--truncated_batch_size", 500], 3.2),
+        (["--tuning_runs", 10], 3.6),
+        (["--prior_event", tmp_path / "run"], 1.45),
+    ):
+        assert planned(*one, *more)["rows"][0]["epsilon"] / alone == pytest.approx(factor, rel=0.15), more
+    hidden = ["--neighboring_relation", "add_or_remove_one", "--sampling_prob", 500 / 1797]
+    assert planned(*one[2:], *hidden)["rows"][0]["epsilon"] == alone
+
+
+def test_plan_shows_the_price_of_selection_with_its_conditions():
+    words = "--num_examples 60000 --train_batch_size 4096 --max_train_steps 1000 --noise_multiplier 8.821".split()
+    shown = invoke("plan", *words, "--tuning_runs", 10).stdout
+    for part in ("pays for 10 runs", "2.127 (geometric)", "drawn at random", "winner", "without private data"):
+        assert part in shown
+    assert "winner" not in invoke("plan", *words).stdout
+
+
+def test_plan_draws_its_pictures(tmp_path):
+    words = ["--num_examples", 2000, "--noise_multiplier", 2, "--train_batch_size", 500, "--max_train_steps", 5]
+    result = invoke("plan", *words, "--output_dir", tmp_path / "plots")
+    assert result.exit_code == 0, result.output
+    for name in ("delta-by-epsilon.png", "noise-by-batch.png"):
+        with Image.open(tmp_path / "plots" / name) as picture:
+            assert picture.size == (960, 660) and len(picture.convert("L").getcolors(256)) > 20
+        assert name in result.stderr
+    hidden = ["--neighboring_relation", "add_or_remove_one", "--sampling_prob", 0.25, "--train_batch_size", 500]
+    invoke("plan", *hidden, "--epsilon", 3, "--max_train_steps", 5, "--output_dir", tmp_path / "hidden")
+    assert [path.name for path in (tmp_path / "hidden").iterdir()] == ["delta-by-epsilon.png"]
+
+
+def test_cross_checks_agree_and_say_where_there_is_no_other_opinion(certified, monkeypatch):
+    words = ["--num_examples", 100, "--noise_multiplier", 4, "--train_batch_size", 50, "--max_train_steps", 2]
+    (row,) = planned(*words)["rows"]
+    last = json.loads(invoke("verify", certified, "--cross_check", "--format", "json").stdout)["levels"][-1]
+    by_prv = float(re.search(r"costs epsilon ([0-9.]+[0-9])", last["text"])[1])
+    assert last["ok"] and row["epsilon"] * 0.999 <= by_prv <= row["epsilon"] + 0.02
+    monkeypatch.setattr("dp_peft_diffusion.privacy.cross_check.prv_epsilon", lambda promise: promise.priced)
+    assert f"costs epsilon {row['epsilon']:g}," in invoke("plan", *words, "--cross_check").stdout
+    monkeypatch.undo()
+    refusal = refused("plan", *words, "--cross_check", "--max_examples_per_group", 2)
+    assert "has no price for groups" in refusal
+
+
 def test_plan_tells_what_to_expect_of_the_best_row():
     words = ["--num_examples", 1437, "--noise_multiplier", 8, "--max_train_steps", "10,40", "--train_batch_size", 700]
     facts = planned(*words, "--trainable_parameters", 6080)
@@ -85,7 +151,7 @@ def test_plan_tells_what_to_expect_of_the_best_row():
     ("words", "shown"),
     [
         (["--num_examples", "100"], "--epsilon 1"),
-        (["--num_examples", "100", "--epsilon", "1", "--noise_multiplier", "1"], "either"),
+        (["--num_examples", "100", "--epsilon", "1", "--noise_multiplier", "1", "--max_train_steps", "5"], "together"),
         (["--epsilon", "1"], "--num_examples"),
         (["--num_examples", "0", "--epsilon", "1"], "--num_examples"),
         (["--num_examples", "100", "--epsilon", "1", "--train_batch_size", "101"], "--train_batch_size 101"),
@@ -107,19 +173,16 @@ def test_plan_refuses_what_cannot_be_promised(words, shown):
 def certified(tmp_path_factory):
     folder = tmp_path_factory.mktemp("certified") / "run"
     folder.mkdir()
-    save_file({"x.lora_A.weight": np.ones((1, 2), np.float32)}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text("{}")
+    write_adapter(folder)
     (folder / "recipe.yaml").write_text("privacy: {epsilon: 5}\n")
     mechanism = DPMechanism(sampling_prob=0.5, steps=2, noise_multiplier=4.0, expected_batch_size=50, num_examples=100)
     document = certificate.certificate(
-        mechanism,
-        delta=1e-5,
-        epsilon=5.0,
+        make_promise(mechanism, delta=1e-5, epsilon=5.0),
         clipping="flat",
         gamma=None,
         noise_multiplicity=1,
         public_inputs={},
-        base={"name": "builtin:handwriting", "revision": None, "sha256": "0" * 64},
+        base={"name": "builtin:handwriting", "revision": None, "sha256": HANDWRITING_SHA256},
         folder=folder,
     )
     certificate.write(folder, document)

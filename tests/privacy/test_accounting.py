@@ -113,8 +113,23 @@ def test_merging_negligible_numbers_of_sampled_records_changes_no_price(q, noise
         noise, tuple(range(k + 1)), tuple(binom.pmf(range(k + 1), k, q))
     )
     merged = dp_accounting.dp_event.MixtureOfGaussiansDpEvent(noise, sensitivities, chances)
-    prices = [accounting.epsilon(dp_accounting.SelfComposedDpEvent(e, 2), DELTA, "zero_out") for e in (whole, merged)]
+    prices = [
+        accounting.epsilon(dp_accounting.SelfComposedDpEvent(e, 2), DELTA, "zero_out", smallest_interval=INTERVALS[-1])
+        for e in (whole, merged)
+    ]
     assert prices[1] == pytest.approx(prices[0], rel=1e-6)
+
+
+@pytest.mark.parametrize(("k", "q"), [(40, 0.5), (40, 0.02), (40, 0.98)])
+def test_merging_never_counts_fewer_sampled_records_than_there_are(k, q, monkeypatch):
+    monkeypatch.setattr(accounting, "NEGLIGIBLE", 0.01)  # so that it shows
+    sensitivities, chances = accounting._sampled_of_group(k, q)
+    merged = np.zeros(k + 1)
+    merged[np.array(sensitivities, dtype=int)] = chances
+    at_least = merged[::-1].cumsum()[::-1]
+    assert at_least[0] == pytest.approx(1, abs=1e-12)
+    assert np.all(at_least >= binom.sf(np.arange(k + 1) - 1, k, q) - 1e-12)  # stochastic dominance
+    assert len(sensitivities) < k / 2
 
 
 @pytest.mark.parametrize(("cap", "epsilon"), [(4096, 3.23), (4352, 1.0001), (4608, 0.99994)])
@@ -151,6 +166,8 @@ def test_rdp_says_where_it_has_no_price_and_gdp_is_refused_with_the_reason():
         assert not accounting.rdp_can_price(event, relation)
         with pytest.raises(UserError, match="RDP has no price"):
             accounting.epsilon(event, DELTA, relation, "rdp")
+    whole = accounting.gaussian_event(1.0, 20.0, 50)
+    assert accounting.rdp_can_price(whole, "zero_out") and not accounting.rdp_can_price(whole, "replace_one")
     with pytest.raises(UserError, match="no bound"):
         price(0.1, 2.0, 50, accountant="gdp")
     with pytest.raises(UserError, match="there is: pld, rdp"):

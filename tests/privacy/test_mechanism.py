@@ -25,6 +25,14 @@ def test_noise_stddev_is_noise_multiplier_times_clip_bound_under_every_relation(
     assert mechanism.noise_stddev == 2.0 * 0.5
 
 
+def test_a_replaced_record_costs_what_one_record_costs_at_half_the_noise():
+    whole = {**FIELDS, "sampling_prob": 1.0, "expected_batch_size": 1000}
+    replaced = DPMechanism(**{**whole, "noise_multiplier": 80.0, "neighboring_relation": "replace_one"})
+    one = DPMechanism(**{**whole, "noise_multiplier": 40.0})
+    assert replaced.epsilon(1e-5) == pytest.approx(one.epsilon(1e-5), rel=1e-4)
+    assert replaced.noise_stddev == 2 * one.noise_stddev
+
+
 def test_calibration_keeps_the_promise_and_every_other_field():
     mechanism = DPMechanism(**{**FIELDS, "noise_multiplier": None})
     calibrated = mechanism.calibrate(epsilon=1.0, delta=1e-5)
