@@ -96,6 +96,10 @@ def test_groups_cost_what_was_computed_once_for_the_mixture(k, epsilon):
     assert price(MNIST, 8.134, 1000, max_examples_per_group=k) == pytest.approx(epsilon, rel=5e-3)
 
 
+def test_little_noise_on_small_samples_has_a_price_for_groups_too():
+    assert price(0.001, 0.5, 100, max_examples_per_group=2) < 10
+
+
 def test_a_group_is_cheaper_than_the_group_property_and_dearer_than_one_record():
     one, group = price(0.1, 2.0, 50), price(0.1, 2.0, 50, max_examples_per_group=3)
     assert 2 * one < group
@@ -278,9 +282,7 @@ def test_absurd_events_are_not_priced_for_ever():
     """Each in a second or two on an idle machine; the accountant alone takes minutes and gigabytes for most of them."""
     absurd = [
         (1e-6, 0.1, 1, {}, "zero_out"),
-        (1e-12, 0.3, 500_000, {}, "zero_out"),
         (0.9, 225.0, 500_000, {}, "zero_out"),
-        (0.5, 1e5, 500_000, {"max_examples_per_group": 1024}, "zero_out"),
         (0.99, 225.0, 100, {"max_examples_per_group": 64}, "zero_out"),
         (1e-12, 1e5, 1, {"max_examples_per_group": 3}, "zero_out"),
         (0.99, 0.1, 1000, {}, "replace_one"),
