@@ -314,3 +314,8 @@ def test_the_config_that_stock_peft_writes_for_a_plain_lora_passes(base, tmp_pat
     )
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
     assert "LORA on 1 layers" in check_adapter(tmp_path)
+
+
+def test_a_whole_model_without_classes_is_read(tmp_path):
+    folder = tiny_base_folder(tmp_path / "model", num_class_embeds=None, packing=1)
+    assert check_adapter(folder).startswith("A whole model")

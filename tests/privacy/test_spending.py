@@ -1,8 +1,10 @@
 """What a data set has given away is counted before it is spent, and found again wherever the images lie."""
 
+import errno
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -104,6 +106,18 @@ def test_a_ledger_that_cannot_be_written_says_how_to_go_on(state_home, monkeypat
     state_home.write_text("in the way")
     with pytest.raises(RunError, match="XDG_STATE_HOME.*--no_record_spending"):
         spending.record_spending(IMAGES, "run", 1, "run", mechanism())
+
+
+def test_a_ledger_that_cannot_be_read_is_not_taken_for_an_empty_one(state_home, monkeypatch):
+    spending.record_spending(IMAGES, "run", 1, "run", mechanism())
+
+    def unreadable(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    name = spending.data_set_id(IMAGES)
+    monkeypatch.setattr(Path, "read_bytes", unreadable)
+    with pytest.raises(RunError, match="Input/output error"):
+        spending.spendings(name)
 
 
 def test_a_disk_that_fills_up_leaves_the_entries_before_readable(state_home, monkeypatch):
