@@ -10,52 +10,74 @@ import torch
 from dp_peft_diffusion.diffusion.datasets import PrivateImages
 from dp_peft_diffusion.errors import RunError, UserError
 from dp_peft_diffusion.gradients.optimizer import Ema
-from dp_peft_diffusion.preparation import Prepared
+from dp_peft_diffusion.preparation import Prepared, check_ledger
 from dp_peft_diffusion.privacy.ledger import Ledger, steps_begun
 from dp_peft_diffusion.privacy.randomness import attempt_key, new_key
-from dp_peft_diffusion.privacy.spending import record_given_up, record_spending
+from dp_peft_diffusion.privacy.spending import record_given_up, record_published, record_spending
 from dp_peft_diffusion.recipe import to_yaml
 from dp_peft_diffusion.runs.attempts import Attempt, Attempts, load_attempts
 from dp_peft_diffusion.runs.context import context_digest
 from dp_peft_diffusion.runs.escrow import EscrowedKey, write_escrowed_key
+from dp_peft_diffusion.runs.folder import key_check_of
 from dp_peft_diffusion.runs.state import load_state, restore
 
 
 def begin(prepared: Prepared, key: bytes | None, escrow_key: Path | None) -> tuple[Attempts, bytes]:
-    """Write down the attempt before its first step, or pick up an interrupted one; its record and stream key."""
+    """Write down the attempt before its first step, or pick up an interrupted one; its record and stream key.
+
+    Called under the lock of the run. An attempt exists once it is in the record, which is written in one piece: a
+    crash before leaves the attempt before, a crash after goes on with this one.
+
+    Raises:
+        RunError: another process has been at this run since it was prepared, or its key was changed.
+        UserError: the key is another one than the run's, or its escrow would fall behind.
+    """
     folders, earlier = prepared.run, prepared.earlier
-    folders.finish_closing()
-    if load_attempts(folders.attempts) != earlier or folders.finished.is_file():
+    begun = load_attempts(folders.attempts), steps_begun(folders.ledger), folders.finished.is_file()
+    if begun != (earlier, prepared.begun, False):
         raise RunError(f"another process has been at {folders.private} meanwhile. Type the same command again.")
     if earlier is None:
         folders.create(key or new_key())
-    run_key = folders.read_key()
+    run_key = folders.read_key(None if earlier is None else earlier.key_check)
     if key is not None and key != run_key:
         raise UserError(f"the run in {folders.private} was begun with another key. Pass that, or none.")
-    record = earlier or Attempts(secrets.token_hex(8), "os" if key is None else "given", False, ())
+    record = earlier or Attempts(key_check_of(run_key), "os" if key is None else "given", False, ())
+    if record.escrowed and escrow_key is None and not prepared.resuming:
+        raise UserError("the key of this run was put aside: give --escrow_key with the same file, which must keep up.")
     if not prepared.resuming:
-        folders.restart(prepared.requested, to_yaml(prepared.recipe))
-        write_problems(prepared.images, folders.private / "problems.csv")
-        attempt = Attempt(prepared.context, dataclasses.asdict(prepared.mechanism))
-        record = dataclasses.replace(record, attempts=(*record.attempts, attempt))
-    if escrow_key is not None:
-        record = dataclasses.replace(record, escrowed=True)
-        write_escrowed_key(escrow_key, EscrowedKey(run_key, prepared.attempt, prepared.context))
+        folders.write_recipes(prepared.attempt, prepared.requested, to_yaml(prepared.recipe))
+        record = dataclasses.replace(record, attempts=(*record.attempts, attempt_of(prepared)))
+    record = dataclasses.replace(record, escrowed=record.escrowed or escrow_key is not None)
     record.save(folders.attempts)
+    if escrow_key is not None:  # after the record: the certificate may say too much of it, never too little
+        write_escrowed_key(escrow_key, EscrowedKey(run_key, prepared.attempt, prepared.context))
+    write_problems(prepared.images, folders.private / "problems.csv")
     note_spending(prepared, record)
     # Another context draws other noise (invariant 12).
     return record, attempt_key(run_key, prepared.attempt, context_digest(prepared.context))
+
+
+def attempt_of(prepared: Prepared) -> Attempt:
+    """The record of the attempt that begins."""
+    mechanism = dataclasses.asdict(prepared.mechanism)
+    return Attempt(secrets.token_hex(8), prepared.context, mechanism, prepared.recipe.data.group_column)
 
 
 def note_spending(prepared: Prepared, record: Attempts) -> None:
     """Count the run in the data set's ledger before its first step; of attempts given up, the steps they began."""
     if prepared.promise is None or not prepared.recipe.privacy.record_spending:
         return
-    digest, mechanism = prepared.images.source_digest, prepared.mechanism
-    begun = steps_begun(prepared.run.ledger)
-    for given_up in range(1, prepared.attempt):
-        record_given_up(digest, record.run, given_up, begun.get(given_up, 0))
-    record_spending(digest, record.run, prepared.attempt, prepared.run.folder.name, mechanism)
+    digest, (*given_up, present) = prepared.images.source_digest, record.attempts
+    for number, attempt in enumerate(given_up, start=1):
+        record_given_up(digest, attempt.name, prepared.begun.get(number, 0))
+    folder, mechanism = prepared.run.folder.name, prepared.mechanism
+    record_spending(digest, present.name, prepared.attempt, folder, mechanism, present.group_column)
+
+
+def note_publication(prepared: Prepared, record: Attempts) -> None:
+    """Before the shareable folder appears: from now on the attempt counts whole, whatever is said of it elsewhere."""
+    if prepared.recipe.privacy.record_spending:
+        record_published(prepared.images.source_digest, record.attempts[-1].name)
 
 
 def restore_state(prepared: Prepared, key: bytes, ledger: Ledger, optimizer: torch.optim.Optimizer, ema: Ema) -> int:
@@ -64,13 +86,9 @@ def restore_state(prepared: Prepared, key: bytes, ledger: Ledger, optimizer: tor
     Raises:
         RunError: the state is damaged, or the ledger has fewer steps than it.
     """
-    steps, tensors = load_state(prepared.run.private, key)
-    if steps > ledger.steps_begun.get(prepared.attempt, 0):
-        raise RunError(
-            f"the saved state holds {steps} steps, of which {ledger.path} lists only "
-            f"{ledger.steps_begun.get(prepared.attempt, 0)}: the ledger was put back to an older one. Put back the "
-            "newer one, or start afresh in another --output_dir and count all planned steps of this run as spent."
-        )
+    (prepared.run.staging / "samples").mkdir(parents=True, exist_ok=True)
+    steps, tensors = load_state(prepared.run.private, key, prepared.attempt)
+    check_ledger(prepared.run, prepared.attempt, steps, ledger.steps_begun)
     prepared.run.clean_staging(steps)
     if steps:
         restore(tensors, prepared.clipper.parameters, optimizer, ema)

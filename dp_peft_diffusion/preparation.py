@@ -12,9 +12,10 @@ from dp_peft_diffusion.diffusion.adapters import Adapter, inject_adapter
 from dp_peft_diffusion.diffusion.base_model import BaseModel, load_base
 from dp_peft_diffusion.diffusion.class_rows import choose_class_rows
 from dp_peft_diffusion.diffusion.datasets import PrivateImages, open_examples
-from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.errors import RunError, UserError
 from dp_peft_diffusion.gradients.clipper import PerSampleClipper
 from dp_peft_diffusion.privacy.composition import read_prior
+from dp_peft_diffusion.privacy.ledger import steps_begun
 from dp_peft_diffusion.privacy.mechanism import DPMechanism
 from dp_peft_diffusion.privacy.promise import Promise, Release, make_promise
 from dp_peft_diffusion.recipe import Model, Recipe, load_recipe, to_yaml, validate
@@ -30,14 +31,15 @@ from dp_peft_diffusion.rehearsal import (
 from dp_peft_diffusion.runs.attempts import Attempts, charged, load_attempts
 from dp_peft_diffusion.runs.context import context_of, differences
 from dp_peft_diffusion.runs.folder import RunFolder
+from dp_peft_diffusion.runs.state import steps_saved
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Everything a run needs, and what its plan tells.
 
-    `promise` is None with --no_privacy. `earlier` lists the attempts begun before; `resuming` says that the last of
-    them goes on. `context` is everything that shapes an update.
+    `promise` is None with --no_privacy. `earlier` lists the attempts begun before, `begun` the steps that each began;
+    `resuming` says that the last of them goes on. `context` is everything that shapes an update.
     """
 
     recipe: Recipe  # resolved: runs again as it stands
@@ -51,6 +53,7 @@ class Prepared:
     mechanism: DPMechanism
     promise: Promise | None
     earlier: Attempts | None
+    begun: dict[int, int]
     resuming: bool
     context: dict[str, str]
     seconds_per_micro_batch: float
@@ -72,12 +75,12 @@ class Prepared:
 
 
 def prepare(
-    recipe: Recipe, output_dir: Path | str, new_attempt: bool = False, certified: DPMechanism | None = None
+    recipe: Recipe, output_dir: Path | str, new_attempt: bool = False, certified: Promise | None = None
 ) -> Prepared:
     """Check the recipe and the folder, load base and images, calibrate the noise, measure one micro-batch.
 
     new_attempt: begin an interrupted run anew, with fresh ids and noise; the steps it began are charged.
-    certified: the mechanism of a run that is replayed; nothing is calibrated or promised then.
+    certified: of a run that is replayed; nothing is calibrated then.
 
     Raises:
         UserError: anything the user can mend.
@@ -87,28 +90,36 @@ def prepare(
     validate(recipe)
     requested, run = to_yaml(recipe), RunFolder(Path(output_dir))
     resuming = run.check_usable(requested, new_attempt) and not new_attempt
-    earlier = load_attempts(run.attempts)
+    earlier, begun = load_attempts(run.attempts), steps_begun(run.ledger)
     gamma_given = recipe.privacy.gamma is not None
-    if resuming:
-        recipe = load_recipe(run.recipe)  # what was measured or chosen once stands (invariant 8)
+    if earlier is not None:
+        last = len(earlier.attempts)
+        check_ledger(run, last, steps_saved(run.private, last), begun)
+        if resuming:
+            recipe = as_resolved(recipe, load_recipe(run.recipe(last)))
     accelerator = make_accelerator()
     base = load_base(recipe.model.pretrained_model_name_or_path, recipe.model.revision)
     base.unet.to(accelerator.device)
     check_sampler(base, recipe.sample)
     images = open_examples(recipe.data, base.resolution, base.image_channels)
     recipe, notes = resolve(recipe, base, images)
-    mechanism, promise = certified or make_mechanism(recipe, len(images)), None
-    if certified is None and not recipe.privacy.no_privacy:
-        given_up = () if earlier is None else charged(earlier, len(earlier.attempts) - resuming, run.ledger)
+    mechanism, promise = make_mechanism(recipe, len(images)), certified
+    if promise is None and not recipe.privacy.no_privacy:
+        given_up: tuple[Release, ...] = ()
+        if earlier is not None:
+            count = len(earlier.attempts) - resuming
+            given_up = charged(earlier, count, begun, recipe.data.group_column, run.ledger)
         promise = promise_of(recipe, mechanism, given_up)
-        mechanism = promise.mechanism
+    mechanism = mechanism if promise is None else promise.mechanism
     num_classes = len(recipe.data.class_names or ()) if recipe.adapter.class_rows else 0
     adapter = inject_adapter(base, recipe.adapter, num_classes, recipe.train.seed)
     recipe, clipper, more_notes, gamma_source = choose(recipe, base, adapter, gamma_given)
     check_export(base, adapter)
     if not recipe.train.skip_self_check:
         check_clipper(recipe, base, clipper)
-    context = context_of(shaping_recipe(recipe), mechanism, images.content_digest, base.sha256, accelerator.device)
+    context = context_of(
+        shaping_recipe(recipe), mechanism, promise, images.content_digest, base.digest, accelerator.device
+    )
     if resuming and earlier is not None:
         check_context(earlier, context, run)
     seconds, activation_bytes = measure_micro_batch(recipe, base, clipper)
@@ -124,6 +135,7 @@ def prepare(
         mechanism=mechanism,
         promise=promise,
         earlier=earlier,
+        begun=begun,
         resuming=resuming,
         context=context,
         seconds_per_micro_batch=seconds,
@@ -159,8 +171,8 @@ def check_context(earlier: Attempts, context: dict[str, str], run: RunFolder) ->
     Raises:
         UserError: naming what changed.
     """
-    changed = differences(earlier.attempts[-1].context, context)
-    if changed:
+    if earlier.attempts[-1].context != context:
+        changed = differences(earlier.attempts[-1].context, context)
         raise UserError(
             f"the interrupted run in {run.private} began otherwise: {changed}. Its noise cannot be used again. Put "
             "things back as they were and type the same command, or add --new_attempt, which draws fresh noise and "
@@ -168,10 +180,33 @@ def check_context(earlier: Attempts, context: dict[str, str], run: RunFolder) ->
         )
 
 
+def check_ledger(run: RunFolder, attempt: int, steps_saved: int, begun: dict[int, int]) -> None:
+    """A ledger with fewer steps than the saved state was put back to an older one, and counts too little.
+
+    Raises:
+        RunError: it is so, or the ledger is gone.
+    """
+    if not run.ledger.is_file() or steps_saved > begun.get(attempt, 0):
+        raise RunError(
+            f"the saved state holds {steps_saved} steps, of which {run.ledger} lists only {begun.get(attempt, 0)}: the "
+            "ledger was removed or put back to an older one. Put back the newer one, or start afresh in another "
+            "--output_dir and count all planned steps of this run as spent."
+        )
+
+
+def as_resolved(asked: Recipe, resolved: Recipe) -> Recipe:
+    """What was measured or chosen once stands (invariant 8); bookkeeping may be asked for anew."""
+    return dataclasses.replace(
+        resolved,
+        privacy=dataclasses.replace(resolved.privacy, record_spending=asked.privacy.record_spending),
+        train=dataclasses.replace(resolved.train, checkpointing_steps=asked.train.checkpointing_steps),
+    )
+
+
 def promise_of(recipe: Recipe, mechanism: DPMechanism, given_up: tuple[Release, ...]) -> Promise:
     """What the run will promise together with everything released before, its noise calibrated."""
     privacy = recipe.privacy
-    prior = read_prior(privacy.prior_event or (), mechanism) + given_up
+    prior = read_prior(privacy.prior_event or (), mechanism, recipe.data.group_column) + given_up
     return make_promise(
         mechanism, delta=privacy.delta, epsilon=privacy.epsilon, tuning_runs=privacy.tuning_runs, prior=prior
     )
@@ -196,7 +231,10 @@ def make_accelerator() -> Accelerator:
     Raises:
         UserError: more than one process.
     """
-    accelerator = Accelerator(cpu=torch.backends.mps.is_available())  # Apple's GPUs have no float64, which sums need
+    try:
+        accelerator = Accelerator(cpu=torch.backends.mps.is_available())  # Apple's GPUs have no float64, for sums
+    except (ImportError, ValueError) as error:
+        raise UserError(f"accelerate cannot start: {error} Look at your ACCELERATE_... variables.") from error
     if accelerator.num_processes > 1:
         raise UserError(
             f"{accelerator.num_processes} processes: this version trains in one. Start it without accelerate launch."

@@ -9,7 +9,7 @@ from dp_peft_diffusion.privacy.certificate import read
 from dp_peft_diffusion.privacy.composition import promise_of
 from dp_peft_diffusion.privacy.randomness import attempt_key
 from dp_peft_diffusion.privacy.untrusted import sha256_of
-from dp_peft_diffusion.recipe import load_recipe, to_yaml
+from dp_peft_diffusion.recipe import load_recipe
 from dp_peft_diffusion.runs.context import context_digest, differences
 from dp_peft_diffusion.runs.escrow import read_escrowed_key
 from dp_peft_diffusion.sharing.export import write_weights
@@ -37,11 +37,10 @@ def replay(folder: Path, escrow_key: Path, dataset_name: str, base: str | None =
         places["model.pretrained_model_name_or_path"] = base
     recipe = load_recipe(folder / "recipe.yaml", places)
     with tempfile.TemporaryDirectory(prefix="dp-peft-replay-") as scratch:
-        prepared = prepare(recipe, Path(scratch) / "replay", certified=promise_of(document).mechanism)
+        prepared = prepare(recipe, Path(scratch) / "replay", certified=promise_of(document))
         if changed := differences(escrowed.context, prepared.context):
             raise PrivacyError(f"Not replayed, as this is not what was trained with: {changed}.")
-        prepared.run.create(escrowed.key)
-        prepared.run.restart(prepared.requested, to_yaml(prepared.recipe))
+        prepared.run.private.mkdir(mode=0o700)
         train_steps(prepared, attempt_key(escrowed.key, escrowed.attempt, context_digest(prepared.context)))
         again = Path(scratch) / "again"
         again.mkdir()

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from dp_peft_diffusion.attempt import begin, restore_state
+from dp_peft_diffusion.attempt import begin, note_publication, restore_state
 from dp_peft_diffusion.batches import make_batch, make_loss
 from dp_peft_diffusion.diffusion.generation import class_indices, class_rows, image_grid, sample_images
 from dp_peft_diffusion.durable import fsync_tree
@@ -81,6 +81,7 @@ def run(prepared: Prepared, key: bytes | None = None, escrow_key: Path | None = 
             if certificate is None:
                 folders.close()  # stays in the private folder: there is no promise to share it under
                 return RunResult(folders.staging, None, folders.private)
+            note_publication(prepared, record)
             folders.publish()
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -126,7 +127,8 @@ def train_steps(prepared: Prepared, key: bytes) -> None:
                 write_grid(prepared, step + 1)
         if (step + 1) % recipe.train.checkpointing_steps == 0 or step + 1 == mechanism.steps:
             fsync_tree(prepared.run.staging)
-            save_state(prepared.run.private, key, step + 1, training_tensors(parameters, optimizer, ema))
+            state = training_tensors(parameters, optimizer, ema)
+            save_state(prepared.run.private, key, prepared.attempt, step + 1, state)
     ledger.close()
     ema.copy_to(parameters)
     write_grid(prepared, mechanism.steps)

@@ -1,7 +1,10 @@
 """`dp-peft verify` and `dp-peft inspect`: read a folder that somebody handed over."""
 
+import contextlib
 import dataclasses
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +43,7 @@ def verify(
 
     from dp_peft_diffusion.privacy.certificate import CANNOT_PROVE, verify
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a replay takes its files with it
     report = verify(folder, base, cross_check)
     if escrow_key is not None and dataset_name is not None and report.ok:
         report = replayed(report, folder, escrow_key, dataset_name, base)
@@ -75,12 +79,15 @@ def replayed(
 
 
 def delete_left_over_key(folder: Path) -> None:
-    """Of a run that was published and stopped just before it deleted its key."""
+    """Of a run of this user that was published and stopped just before it deleted its key."""
     folder = folder.resolve()
-    if folder.name and (folder.with_name(f"{folder.name}.private") / "key").is_file():
-        from dp_peft_diffusion.runs.folder import RunFolder
+    private = folder.with_name(f"{folder.name}.private") if folder.name else folder
+    with contextlib.suppress(OSError):  # somebody else's run is theirs to close
+        own = not private.is_symlink() and private.stat().st_uid == os.getuid()
+        if own and (private / "key").is_file():
+            from dp_peft_diffusion.runs.folder import RunFolder
 
-        RunFolder(folder).finish_closing()
+            RunFolder(folder).finish_closing()
 
 
 @click.command("inspect")

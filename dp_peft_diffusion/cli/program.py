@@ -58,5 +58,7 @@ def _usage(error: click.UsageError) -> str:
 def _interrupted(ctx: click.Context) -> NoReturn:
     hint("\nStopped, as you asked.")
     if ctx.invoked_subcommand == "train":
-        hint("Nothing is lost and nothing shareable was written. Type the same command to go on.")
+        hint(
+            "Nothing is lost and nothing shareable was written. Type the same command to go on, without --new_attempt."
+        )
     ctx.exit(INTERRUPTED)

@@ -65,7 +65,8 @@ def spent_text(fact: dict[str, Any]) -> str:
         attempt = f", attempt {entry['attempt']}" if entry["attempt"] > 1 else ""
         lines.append(f"  {entry['began']}  {entry['folder']}{attempt}: {entry['steps']:,} steps")
     for price in fact["spent"]:
-        unit = "one image" if price["max_examples_per_group"] == 1 else f"{price['max_examples_per_group']} of a group"
+        group = f"one {price['group_column'] or 'group'} ({price['max_examples_per_group']} images)"
+        unit = "one image" if price["max_examples_per_group"] == 1 else group
         epsilon = "above 100" if price["epsilon"] is None else f"{price['epsilon']:g}"
         lines.append(
             f"  all {price['attempts']} together: epsilon {epsilon} at delta {price['delta']:g}, for {unit} "

@@ -62,6 +62,16 @@ class BaseModel:
         """Rows of the class table; None for an unconditional base."""
         return self.unet.config.num_class_embeds
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that the base puts into an update: weights, the net's and the schedule's settings, layout."""
+        settings = [dict(self.unet.config), dict(self.scheduler.config), asdict(self.layout)]
+        for config in settings:
+            for name in ("_name_or_path", "_diffusers_version", "_class_name", "_use_default_values"):
+                config.pop(name, None)
+        text = json.dumps([self.sha256, *settings], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images (b, c, side, side) in [-1, 1] -> the network's input."""
         return F.pixel_unshuffle(images, self.layout.pixel_packing)

@@ -39,7 +39,7 @@ class PrivateImages:
     """Every row of a data set, decoded once and held as bytes; `len` is N, the number of rows as listed.
 
     Attributes: `class_names` (tuple, or None when unlabelled), `problems` (rows that are null records), `source_digest`
-    (SHA-256 over the images as stored, in order; the same for every base, resolution, label column and class list).
+    (SHA-256 over the images as stored, in any order; the same for every base, resolution, label column and class list).
     Problems and digests identify the data: for the private folder only (invariant 13).
     """
 
@@ -122,10 +122,10 @@ def open_examples(data: Data, resolution: int, channels: int, cache_dir: Path | 
     except MemoryError:  # whose own message tells N, which may be private
         raise UserError(f"{data.dataset_name!r} does not fit into memory. Choose a base of smaller images.") from None
     labels, weights = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.float32)
-    problems, digest, used = [], hashlib.sha256(), Counter[Hashable]()
+    problems, digests, used = [], list[bytes](), Counter[Hashable]()
     with silence():
         for index, row in enumerate(listing.rows):
-            digest.update(_image_digest(row.image))
+            digests.append(_image_digest(row.image))
             try:
                 label = _label(_plain(row.label), listing.label_names, class_names)
                 group = _group(row, data, used)
@@ -138,7 +138,7 @@ def open_examples(data: Data, resolution: int, channels: int, cache_dir: Path | 
                 name = row.name.encode("utf-8", "backslashreplace").decode()  # file names may be no UTF-8
                 problems.append(Problem(index, name, f"{type(error).__name__}: {error}"[:MAX_REASON]))
     arrays = torch.from_numpy(pixels), torch.from_numpy(labels), torch.from_numpy(weights)
-    return PrivateImages(*arrays, class_names, problems, digest.digest())
+    return PrivateImages(*arrays, class_names, problems, _unordered(digests))
 
 
 def source_digest(data: Data, cache_dir: Path | None = None) -> bytes:
@@ -147,10 +147,12 @@ def source_digest(data: Data, cache_dir: Path | None = None) -> bytes:
     Raises:
         UserError: no such data set, split or column.
     """
-    digest = hashlib.sha256()
-    for row in list_rows(data, cache_dir).rows:
-        digest.update(_image_digest(row.image))
-    return digest.digest()
+    return _unordered([_image_digest(row.image) for row in list_rows(data, cache_dir).rows])
+
+
+def _unordered(digests: list[bytes]) -> bytes:
+    """One digest of many, the same in every order: renamed files are the same images."""
+    return hashlib.sha256(b"".join(sorted(digests))).digest()
 
 
 def open_dataset(name: str, split: str = "train") -> datasets.Dataset:

@@ -19,7 +19,7 @@ from scipy.special import log_ndtr, ndtr
 from scipy.stats import binom
 
 from dp_peft_diffusion.errors import UserError
-from dp_peft_diffusion.privacy.pricing_grid import discretization_interval
+from dp_peft_diffusion.privacy.pricing_grid import discretization_interval, rounding_allowance
 from dp_peft_diffusion.privacy.ranges import (
     DELTAS,
     EPSILONS,
@@ -145,7 +145,8 @@ def interval_of(event: dp_accounting.DpEvent, neighboring_relation: str) -> floa
 def _pld_epsilon(
     event: dp_accounting.DpEvent, delta: float, neighboring_relation: str, smallest_interval: float
 ) -> float:
-    return float(_pld(event, neighboring_relation, smallest_interval).get_epsilon(delta))
+    left = delta - rounding_allowance(event)
+    return float(_pld(event, neighboring_relation, smallest_interval).get_epsilon(left)) if left > 0 else math.inf
 
 
 @functools.lru_cache(maxsize=64)
@@ -162,14 +163,14 @@ def epsilon(
     accountant: str = "pld",
     smallest_interval: float = 1e-4,
 ) -> float:
-    """An upper bound of the epsilon of an event at `delta`; infinite when far above 100.
+    """An upper bound of the epsilon of an event at `delta`; infinite when far above 100, or lost in rounding.
 
     Args:
         event: what happened, from `gaussian_event`.
         delta: in [1e-12, 1e-3].
         neighboring_relation: "zero_out", "add_or_remove_one" or "replace_one".
-        accountant: "pld", the promise (connect the dots, arXiv 2207.04380; pessimistic up to the floating-point
-            error of its FFT), or "rdp", an independent and looser bound (arXiv 1908.10530).
+        accountant: "pld", the promise (connect the dots, arXiv 2207.04380; pessimistic, with an
+            allowance for the rounding of its FFT), or "rdp", an independent and looser bound (arXiv 1908.10530).
         smallest_interval: of the discretized privacy loss; a coarser one is faster, and above the truth too.
 
     Raises:
@@ -199,7 +200,8 @@ def profile(event: dp_accounting.DpEvent, neighboring_relation: str) -> tuple[np
         return np.zeros(1), np.ones(1)
     epsilons = np.linspace(0.0, largest, 129)
     accountant = _pld(event, neighboring_relation, 1e-4)
-    return epsilons, np.array([accountant.get_delta(e) for e in epsilons], dtype=np.float64)
+    deltas = np.array([accountant.get_delta(e) for e in epsilons], dtype=np.float64)
+    return epsilons, np.minimum(deltas + rounding_allowance(event), 1.0)
 
 
 def mu_gdp(event: dp_accounting.DpEvent, neighboring_relation: str) -> float:

@@ -75,7 +75,7 @@ def _bracket(excess: Callable[[float], float], guess: float) -> tuple[float, flo
         if high == largest:
             raise UserError(
                 f"that epsilon needs a noise multiplier above {NOISE_MULTIPLIERS[1]:g}. "
-                "Take fewer --max_train_steps, a smaller --train_batch_size or a larger --epsilon."
+                "Take fewer --max_train_steps, a smaller --train_batch_size, or a larger --epsilon or --delta."
             )
         low, high, width = high, min(high + width, largest), 2 * width
     while excess(low) <= 0 and low > smallest:

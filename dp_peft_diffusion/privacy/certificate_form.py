@@ -5,14 +5,16 @@ from typing import Any
 
 from dp_peft_diffusion.errors import PrivacyError
 from dp_peft_diffusion.privacy import ranges
-from dp_peft_diffusion.privacy.strict_form import number, one_of, or_none, shown, text, whole
+from dp_peft_diffusion.privacy.strict_form import Rule, list_of, number, one_of, or_none, shown, text, whole
 from dp_peft_diffusion.recipe import NEIGHBORING_RELATIONS
 
 FILE_NAME = "privacy.json"
 SCHEMA = "dp-peft/privacy/2"
 FALSE_POSITIVE_RATES = (0.001, 0.01, 0.1)
 PROFILE_DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10)
-INTERVALS = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3, 1.28e-2)  # of the discretized privacy loss
+INTERVALS = (  # of the discretized privacy loss
+    1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3, 1.28e-2, 2.56e-2, 5.12e-2, 1.024e-1,
+)  # fmt: skip
 POISSON = "self-composed Poisson-sampled Gaussian"
 TRUNCATED = "self-composed truncated Poisson-sampled Gaussian"
 GROUPS = "self-composed mixture of Gaussians, of Poisson-sampled groups"
@@ -63,17 +65,8 @@ def _profile(value: Any) -> bool:
 
 
 def _public_inputs(value: Any) -> bool:
-    """Name -> text, number, bool, None, or a list of these."""
-
-    def scalar(item: Any) -> bool:
-        return item is None or isinstance(item, str | int | float)
-
-    return (
-        isinstance(value, dict)
-        and len(value) <= 64
-        and all(text(r"(?s).{1,64}")(name) for name in value)
-        and all(all(map(scalar, item)) if isinstance(item, list) else scalar(item) for item in value.values())
-    )
+    """Some of `_PUBLIC`, and nothing else."""
+    return isinstance(value, dict) and all(name in _PUBLIC and _PUBLIC[name](item) for name, item in value.items())
 
 
 def _file_hashes(value: Any) -> bool:
@@ -93,6 +86,16 @@ def _runs(value: Any) -> bool:
     )
 
 
+_SHORT = text(r"(?s).{0,200}")
+_PUBLIC: dict[str, Rule] = {
+    "num_examples": whole(1, ranges.MAX_EXAMPLES),
+    "resolution": whole(1, 1 << 16),
+    "image_channels": whole(1, 1 << 10),
+    "class_names": or_none(list_of(_SHORT, 10_000)),
+    "gamma_source": or_none(_SHORT),
+    "grid_labels": or_none(_SHORT),
+    "group_column": or_none(_SHORT),
+}
 _PRICED: dict[str, Any] = {  # what a price is computed from
     "event": one_of(POISSON, TRUNCATED, GROUPS),
     "sampling_prob": number(*ranges.SAMPLING_PROBS),

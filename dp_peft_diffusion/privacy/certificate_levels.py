@@ -1,5 +1,6 @@
 """The levels of `verify`: each takes a folder and its certificate, and returns a sentence or raises one."""
 
+import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from dp_peft_diffusion.privacy.composition import promise_of
 from dp_peft_diffusion.privacy.cross_check import cross_check
 from dp_peft_diffusion.privacy.promise import guarantee, statement
 from dp_peft_diffusion.privacy.ranges import round_up
-from dp_peft_diffusion.privacy.untrusted import safetensors_header, sha256_of
+from dp_peft_diffusion.privacy.untrusted import file_names, safetensors_header, sha256_of
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npz", ".npy", ".h5", ".onnx")
-SHORT, LONG = 1 - 1e-3, 1 + 2e-2  # recorded figures over recomputed ones: versions of the accountant, rounding up
+WEIGHT_SUFFIXES += (".gguf", ".msgpack", ".tar", ".zip", ".gz", ".py", ".index.json")  # code, and what both hide in
+# Recorded figures over recomputed ones: at least, by floating point alone and by versions of the accountant; at most.
+SAME_VERSION, OTHER_VERSION, LONG = 1 - 1e-9, 1 - 1e-3, 1 + 2e-2
 
 
 def _check_files(folder: Path, document: dict[str, Any]) -> str:
@@ -22,9 +25,10 @@ def _check_files(folder: Path, document: dict[str, Any]) -> str:
     for name, digest in recorded.items():
         if sha256_of(folder / name) != digest:
             raise PrivacyError(f"{name} is not the file that was certified: its SHA-256 differs.")
-    for path in sorted(folder.rglob("*")):
-        name, weights = path.relative_to(folder).as_posix(), path.suffix.lower() in WEIGHT_SUFFIXES
-        if (weights or name in (*ADAPTER_FILES, *MODEL_FILES, *ALSO_HASHED)) and name not in recorded:
+    for name in file_names(folder):
+        if (
+            name.lower().endswith(WEIGHT_SUFFIXES) or name in (*ADAPTER_FILES, *MODEL_FILES, *ALSO_HASHED)
+        ) and name not in recorded:
             raise PrivacyError(f"{name[:80]!r} lies in the folder, but was not certified. Remove it.")
     return f"{', '.join(recorded)}: as certified. Other files are not hashed."
 
@@ -69,8 +73,11 @@ def _check_epsilon(folder: Path, document: dict[str, Any]) -> str:
 
 
 def _check_figures(folder: Path, document: dict[str, Any]) -> str:
+    """At the version of the accountant that is installed, nothing may be stated smaller than it is recomputed."""
     promise, recorded = promise_of(document), document["guarantee"]
     known, priced = guarantee(promise), document["accounting"]
+    version = importlib.metadata.version("dp-accounting")
+    shortest = SAME_VERSION if priced["version"] == version else OTHER_VERSION
     pairs = [("mu_gdp", recorded["mu_gdp"], known["mu_gdp"])]
     pairs += [(name, recorded[name], known[name]) for name in ("epsilon_replace_one", "epsilon_per_image")]
     for rate, odds in known["max_tpr_at_fpr"].items():
@@ -80,18 +87,24 @@ def _check_figures(folder: Path, document: dict[str, Any]) -> str:
     pairs.append(("epsilon_priced", priced["epsilon_priced"], promise.priced))
     pairs.append(("epsilon_rdp", priced["epsilon_rdp"], promise.priced_by_rdp))
     for name, stated, recomputed in pairs:
-        if not _follows(stated, recomputed):
+        if not _follows(stated, recomputed, shortest):
             raise PrivacyError(f"{name} is stated as {stated}; the recorded mechanism gives {recomputed}.")
     if document["statement"] != statement(promise, recorded):
         raise PrivacyError("The statement does not say what the numbers say.")
-    return "mu-GDP, profile, attack odds, other units and statement follow from the recorded mechanism."
+    follow = "mu-GDP, profile, attack odds, other units and statement follow from the recorded mechanism"
+    if shortest == SAME_VERSION:
+        return f"{follow}."
+    return (
+        f"{follow}, to within {1 - OTHER_VERSION:.1%}: they were computed by dp-accounting "
+        f"{ascii(priced['version'])}, and here is {version}."
+    )
 
 
-def _follows(stated: float | None, recomputed: float | None) -> bool:
-    """Whether a stated figure is the recomputed one, rounded up, up to what versions of the accountant differ by."""
+def _follows(stated: float | None, recomputed: float | None, shortest: float) -> bool:
+    """Whether a stated figure is the recomputed one, rounded up."""
     if stated is None or recomputed is None:
         return stated is recomputed
-    return recomputed * SHORT <= stated <= recomputed * LONG
+    return recomputed * shortest <= stated <= recomputed * LONG
 
 
 def _check_tuning(folder: Path, document: dict[str, Any]) -> str:

@@ -13,7 +13,9 @@ from dp_peft_diffusion.privacy.promise import Promise, Release, check_same_unit
 from dp_peft_diffusion.privacy.untrusted import read_json, sha256_of
 
 
-def read_prior(paths: Iterable[str | Path], mechanism: DPMechanism) -> tuple[Release, ...]:
+def read_prior(
+    paths: Iterable[str | Path], mechanism: DPMechanism, group_column: str | None = None
+) -> tuple[Release, ...]:
     """The releases that certificates speak of: their own runs, tuning included, and those they were composed with.
 
     What several certificates list is counted once, as often as the one that lists it most.
@@ -21,9 +23,11 @@ def read_prior(paths: Iterable[str | Path], mechanism: DPMechanism) -> tuple[Rel
     Args:
         paths: privacy.json files, or folders that hold one.
         mechanism: of this run, with whose relation and unit they must agree.
+        group_column: whose images the unit of this run is; None, in a plan, which has no columns, compares none.
 
     Raises:
-        UserError: a file is missing or no certificate, its key was given, or its relation or unit differs.
+        UserError: a file is missing or no certificate, its key was given, or its relation, unit or group column
+            differs.
     """
     releases: Counter[Release] = Counter()
     for given in paths:
@@ -41,6 +45,12 @@ def read_prior(paths: Iterable[str | Path], mechanism: DPMechanism) -> tuple[Rel
         found = Counter(_releases(document, sha256))
         for release in found:
             check_same_unit(release.mechanism, mechanism, str(given))
+        earlier = document["public_inputs"].get("group_column")
+        if mechanism.max_examples_per_group > 1 and group_column is not None and group_column != earlier:
+            raise UserError(
+                f"--prior_event {given}: its groups are those of column {earlier!r}, those of this run of column "
+                f"{group_column!r}: their prices do not add up. Give --group_column as before."
+            )
         releases |= found
     return tuple(releases.elements())
 

@@ -3,6 +3,7 @@
 Everything here is computed from public quantities only.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -47,15 +48,16 @@ def answers_with_knee(question: Question) -> Iterator[tuple[Promise, bool]]:
 
     Near is at most 10 % above. A smaller batch has more noise than its share, as amplification by sampling wears off;
     with a larger one the noise grows as the batch does, and only the time of a step grows on. Only where the noise is
-    sought and N is public is any batch the knee.
+    sought and N is public is any batch the knee, and not where a full batch has no price.
     """
     limits: dict[int, float] = {}
     for promise in answers(question):
         steps, knee = promise.mechanism.steps, False
         if question.num_examples is not None and question.noise_multiplier is None:
             if steps not in limits:
-                full = dataclasses.replace(question, truncated_batch_size=None)
-                limits[steps] = KNEE * noise_per_step(_promise(full, question.num_examples, steps).mechanism)
+                limits[steps], full = 0.0, dataclasses.replace(question, truncated_batch_size=None)
+                with contextlib.suppress(UserError):
+                    limits[steps] = KNEE * noise_per_step(_promise(full, question.num_examples, steps).mechanism)
             knee = noise_per_step(promise.mechanism) <= limits[steps]
             limits[steps] = 0.0 if knee else limits[steps]  # the smallest only
         yield promise, knee

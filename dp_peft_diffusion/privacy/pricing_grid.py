@@ -17,6 +17,7 @@ TERMS = 150  # sampled numbers of one group that double the time
 TAIL = 10.0  # standard deviations at which the accountant cuts a Gaussian off
 LOG_CUT = 70.0  # 2 log(2 / 1e-15): where it cuts the composed loss off
 ORDERS = (1.0, 20.0)  # of the Chernoff bound by which it cuts, over the length of one step's loss
+ROUNDING = 8 * 2.0**-53  # of delta, for each composed update
 
 
 def discretization_interval(
@@ -35,6 +36,17 @@ def discretization_interval(
         if interval >= smallest and total <= MAX_POINTS * interval and searched <= MAX_SEARCHES * interval:
             return interval
     return None
+
+
+def rounding_allowance(event: dp_accounting.DpEvent) -> float:
+    """What the rounding of the accountant's FFT may have taken off a delta: to be added to it, or priced without.
+
+    Measured, not proven. For 21 Gaussians of 1,000 to 500,000 updates, which have a closed form, the accountant fell
+    short of the true delta by at most 0.36 * 2^-53 for each update; for 118 sampled Gaussians and mixtures it fell
+    short of the same FFT in extended precision by at most 1.97 * 2^-53. This allows for four times as much.
+    """
+    updates = sum(1 if isinstance(part, dp_accounting.GaussianDpEvent) else count for part, count in _parts(event, 1))
+    return ROUNDING * updates
 
 
 def _parts(event: dp_accounting.DpEvent, count: int) -> Iterator[tuple[dp_accounting.DpEvent, int]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,15 @@ from dp_peft_diffusion.privacy import accounting
 from dp_peft_diffusion.privacy.calibration import guess_noise_multiplier, smallest_noise_multiplier
 from dp_peft_diffusion.privacy.certificate_form import FALSE_POSITIVE_RATES, PROFILE_DELTAS
 from dp_peft_diffusion.privacy.mechanism import DPMechanism
-from dp_peft_diffusion.privacy.ranges import EPSILONS, MAX_RUNS, MAX_STEPS, check_count, check_epsilon, round_up
+from dp_peft_diffusion.privacy.ranges import (
+    EPSILONS,
+    MAX_RELEASES,
+    MAX_RUNS,
+    MAX_STEPS,
+    check_count,
+    check_epsilon,
+    round_up,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,28 +79,32 @@ class Promise:
 def composed_event(
     mechanism: DPMechanism, tuning_runs: int | None = None, prior: Sequence[Release] = ()
 ) -> dp_accounting.DpEvent:
-    """`tuning_runs` times the mechanism, and every earlier release.
+    """`tuning_runs` times the mechanism, and every earlier release; equal mechanisms are priced as one.
 
     Raises:
-        UserError: a count is out of range, there are too many updates in all, or a release has another relation or
-            unit, so that no price adds up.
+        UserError: a count is out of range, there are too many updates or releases in all, or a release has another
+            relation or unit, so that no price adds up.
     """
     runs = 1 if tuning_runs is None else check_count("tuning_runs", tuning_runs, MAX_RUNS, "--tuning_runs 10")
-    updates, events = mechanism.steps * runs, [_repeated(mechanism.event, runs)]
+    if len(prior) > MAX_RELEASES:
+        raise UserError(
+            f"{len(prior)} earlier releases, unfinished attempts of this run included, are more than the "
+            f"{MAX_RELEASES} that a certificate can list. No more can be promised to these records; train on others."
+        )
+    updates, times = mechanism.steps * runs, Counter({mechanism.event: runs})
     for release in prior:
         check_same_unit(release.mechanism, mechanism, release.source)
         updates += release.mechanism.steps * check_count("runs", release.runs, MAX_RUNS, "1")
-        events.append(_repeated(release.mechanism.event, release.runs))
+        times[release.mechanism.event] += release.runs
     if updates > MAX_STEPS:
         raise UserError(
             f"{updates:,} noisy updates in all, tuning and earlier releases included, are more than the {MAX_STEPS:,} "
             "that can be priced. Take fewer --max_train_steps or --tuning_runs."
         )
+    events = [
+        event if count == 1 else dp_accounting.SelfComposedDpEvent(event, count) for event, count in times.items()
+    ]
     return events[0] if len(events) == 1 else dp_accounting.ComposedDpEvent(tuple(events))
-
-
-def _repeated(event: dp_accounting.DpEvent, runs: int) -> dp_accounting.DpEvent:
-    return event if runs == 1 else dp_accounting.SelfComposedDpEvent(event, runs)
 
 
 def check_same_unit(earlier: DPMechanism, mechanism: DPMechanism, source: str) -> None:
@@ -204,7 +217,7 @@ def _replace_one(promise: Promise) -> float | None:
 
 
 def _per_image(promise: Promise) -> float | None:
-    """Epsilon for one image of a group, smaller than that of the group; None without groups.
+    """Epsilon for one image of a group, mostly smaller than that of the group; None without groups.
 
     An image that is taken out may let another of its group step in, where the group has more than count: the change
     is that of one record replaced by another.
@@ -244,7 +257,8 @@ def statement(promise: Promise, guarantee: dict[str, Any]) -> str:
     if guarantee["epsilon_replace_one"] is not None:
         beside = f" For one record replaced by another, epsilon is {guarantee['epsilon_replace_one']:g}."
     if guarantee["epsilon_per_image"] is not None:
-        beside = f" For one image of a group, epsilon is the smaller {guarantee['epsilon_per_image']:g}."
+        smaller = "the smaller " if guarantee["epsilon_per_image"] < epsilon else ""
+        beside = f" For one image of a group, epsilon is {smaller}{guarantee['epsilon_per_image']:g}."
     return (
         f"{change} changes the probability of any outcome of {' and '.join(covered)} by a factor of at most "
         f"e^{epsilon:g} = {math.exp(epsilon):.4g}, and by {delta:g} on top. {known} An attacker who knows everything "

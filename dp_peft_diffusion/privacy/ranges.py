@@ -12,7 +12,7 @@ SAMPLING_PROBS = (1e-12, 1.0)
 NOISE_MULTIPLIERS = (1e-3, 1e5)
 EPSILONS = (1e-3, 100.0)  # above 100 nothing worth the name is promised
 DELTAS = (1e-12, 1e-3)
-MAX_STEPS = 500_000  # of everything composed; the accountant's time grows faster than them
+MAX_STEPS = 100_000  # of everything composed; beyond, rounding_allowance would leave nothing of delta = 1e-10
 MAX_EXAMPLES = 10**12
 MAX_EXAMPLES_PER_GROUP = 1024
 MAX_RUNS = 100_000

@@ -5,6 +5,7 @@ and the same images are found again wherever they lie. An entry is written befor
 steps, so that unfinished and removed runs count too. Other machines, copies with other bytes, and subsets are not seen.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import errno
@@ -13,11 +14,13 @@ import hmac
 import json
 import os
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import dp_accounting
+import filelock
 
 from dp_peft_diffusion.durable import fsync, write_durably
 from dp_peft_diffusion.errors import RunError, UserError
@@ -31,19 +34,21 @@ class Spending:
     """One attempt at one run.
 
     Attributes:
-        run: random name of the run.
-        attempt: 1 for the first.
+        name: random name of the attempt.
+        attempt: 1 for the first of a run.
         folder: name of the run's folder, without the folders above it.
         time: when it began, UTC.
         mechanism: as planned.
-        steps: how many count: all planned ones, or those begun by an attempt that was given up.
+        group_column: whose images the unit is, if not one image.
+        steps: how many count: all planned ones, or those begun by an attempt that was given up and never published.
     """
 
-    run: str
+    name: str
     attempt: int
     folder: str
     time: str
     mechanism: DPMechanism
+    group_column: str | None
     steps: int
 
 
@@ -52,6 +57,7 @@ class Spent(NamedTuple):
 
     neighboring_relation: str
     max_examples_per_group: int
+    group_column: str | None
     attempts: int
     epsilon: float
 
@@ -69,31 +75,29 @@ def data_set_id(source_digest: bytes) -> str:
         RunError: the folder cannot be written.
     """
     path = spending_folder() / "key"
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.chmod(path.parent, 0o700)
-        if not path.is_file():
-            write_durably(path, secrets.token_bytes(32), 0o600)
-        return hmac.new(path.read_bytes(), source_digest, hashlib.sha256).hexdigest()
-    except OSError as error:
-        raise _unusable(error) from error
+    with _locked():
+        try:
+            if not path.is_file():
+                write_durably(path, secrets.token_bytes(32), 0o600)
+            return hmac.new(path.read_bytes(), source_digest, hashlib.sha256).hexdigest()
+        except OSError as error:
+            raise _unusable(error) from error
 
 
-def record_spending(source_digest: bytes, run: str, attempt: int, folder: str, mechanism: DPMechanism) -> None:
+def record_spending(
+    source_digest: bytes, name: str, attempt: int, folder: str, mechanism: DPMechanism, group_column: str | None = None
+) -> None:
     """Write down that an attempt begins, before its first step. The same attempt again changes nothing.
 
     Raises:
         RunError: the ledger cannot be written; the run must not begin.
     """
-    name = data_set_id(source_digest)
-    if any((entry.run, entry.attempt) == (run, attempt) for entry in spendings(name)):
-        return
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    entry = Spending(run, attempt, folder, time, mechanism, mechanism.steps)
-    _append(name, {"event": "begun", **dataclasses.asdict(entry)})
+    entry = Spending(name, attempt, folder, time, mechanism, group_column, mechanism.steps)
+    _note(source_digest, name, {"event": "begun", **dataclasses.asdict(entry)}, known=False)
 
 
-def record_given_up(source_digest: bytes, run: str, attempt: int, steps_begun: int) -> None:
+def record_given_up(source_digest: bytes, name: str, steps_begun: int) -> None:
     """Write down that an attempt is given up, of which nothing was published: only the steps it began count.
 
     An attempt that was not recorded stays so.
@@ -101,27 +105,35 @@ def record_given_up(source_digest: bytes, run: str, attempt: int, steps_begun: i
     Raises:
         RunError: the ledger cannot be written.
     """
-    name = data_set_id(source_digest)
-    if any((entry.run, entry.attempt) == (run, attempt) for entry in spendings(name)):
-        _append(name, {"event": "given_up", "run": run, "attempt": attempt, "steps": steps_begun})
+    _note(source_digest, name, {"event": "given_up", "name": name, "steps": steps_begun}, known=True)
 
 
-def spendings(name: str) -> tuple[Spending, ...]:
+def record_published(source_digest: bytes, name: str) -> None:
+    """Write down, before it happens, that an attempt is published: it counts whole, whatever a copy of it does.
+
+    Raises:
+        RunError: the ledger cannot be written; the run must not be published.
+    """
+    _note(source_digest, name, {"event": "published", "name": name}, known=True)
+
+
+def spendings(data_set: str) -> tuple[Spending, ...]:
     """All attempts on a data set, oldest first; none when it is not known.
 
     Raises:
         RunError: the ledger cannot be read or is damaged.
     """
-    path = spending_folder() / f"{name}.jsonl"
-    found: dict[tuple[str, int], Spending] = {}
+    path, found, published = spending_folder() / f"{data_set}.jsonl", dict[str, Spending](), set[str]()
     try:
         for line in filter(None, path.read_bytes().split(b"\n") if path.is_file() else ()):
             entry = json.loads(line)
-            event, key = entry.pop("event"), (entry["run"], entry["attempt"])
+            event, name = entry.pop("event"), entry["name"]
             if event == "begun":
-                found[key] = Spending(**entry | {"mechanism": DPMechanism(**entry["mechanism"])})
+                found[name] = Spending(**entry | {"mechanism": DPMechanism(**entry["mechanism"])})
+            elif event == "published":
+                published.add(name)
             else:
-                found[key] = dataclasses.replace(found[key], steps=min(entry["steps"], found[key].steps))
+                found[name] = dataclasses.replace(found[name], steps=min(entry["steps"], found[name].steps))
     except OSError as error:
         raise _unusable(error) from error
     except (ValueError, TypeError, KeyError, AttributeError, UserError) as error:
@@ -129,6 +141,8 @@ def spendings(name: str) -> tuple[Spending, ...]:
             f"{path} is damaged ({error}), so what this data set has given away is not known. Mend the line, which is "
             "JSON, or move the file away and count its runs yourself."
         ) from error
+    for name in published & set(found):
+        found[name] = dataclasses.replace(found[name], steps=found[name].mechanism.steps)
     return tuple(entry for entry in found.values() if entry.steps)
 
 
@@ -138,17 +152,16 @@ def spent(entries: tuple[Spending, ...], delta: float) -> list[Spent]:
     Raises:
         UserError: delta is out of range.
     """
-    kinds = sorted({(e.mechanism.neighboring_relation, e.mechanism.max_examples_per_group) for e in entries})
+    of_unit: dict[tuple[str, int, str], list[DPMechanism]] = {}
+    for entry in entries:
+        mechanism = dataclasses.replace(entry.mechanism, steps=entry.steps)
+        unit = (mechanism.neighboring_relation, mechanism.max_examples_per_group, entry.group_column or "")
+        of_unit.setdefault(unit, []).append(mechanism)
     prices = []
-    for relation, group in kinds:
-        of_kind = [
-            dataclasses.replace(entry.mechanism, steps=entry.steps)
-            for entry in entries
-            if (entry.mechanism.neighboring_relation, entry.mechanism.max_examples_per_group) == (relation, group)
-        ]
-        event = dp_accounting.ComposedDpEvent(tuple(mechanism.event for mechanism in of_kind))
+    for (relation, group, column), mechanisms in sorted(of_unit.items()):
+        event = dp_accounting.ComposedDpEvent(tuple(mechanism.event for mechanism in mechanisms))
         price = round_up(accounting.epsilon(event, delta, relation))
-        prices.append(Spent(relation, group, len(of_kind), price))
+        prices.append(Spent(relation, group, column or None, len(mechanisms), price))
     return prices
 
 
@@ -157,27 +170,50 @@ def known_data_sets() -> list[str]:
     return sorted(path.stem for path in spending_folder().glob("*.jsonl"))
 
 
-def _append(name: str, entry: dict[str, Any]) -> None:
-    path, line = spending_folder() / f"{name}.jsonl", json.dumps(entry).encode() + b"\n"
-    try:
-        created = not path.exists()
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _note(source_digest: bytes, name: str, entry: dict[str, Any], known: bool) -> None:
+    """Append an entry if the attempt is known already, or is not, as it must be for this entry to say something."""
+    data_set = data_set_id(source_digest)
+    with _locked():
+        if any(spending.name == name for spending in spendings(data_set)) != known:
+            return
+        path, line = spending_folder() / f"{data_set}.jsonl", json.dumps(entry).encode() + b"\n"
         try:
-            size = os.fstat(descriptor).st_size
-            if os.write(descriptor, line) < len(line):
-                os.ftruncate(descriptor, size)  # a torn line would make the whole file unreadable
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        if created:
-            fsync(path.parent)
-    except OSError as error:
+            created = not path.exists()
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                size = os.fstat(descriptor).st_size
+                if os.write(descriptor, line) < len(line):
+                    os.ftruncate(descriptor, size)  # a torn line would make the whole file unreadable
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            if created:
+                fsync(path.parent)
+        except OSError as error:
+            raise _unusable(error) from error
+
+
+@contextlib.contextmanager
+def _locked() -> Iterator[None]:
+    """One process at a time at these ledgers."""
+    folder = spending_folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.chmod(folder, 0o700)
+        lock = filelock.FileLock(folder / "lock", timeout=60, mode=0o600)
+        lock.acquire()
+    except OSError as error:  # filelock's Timeout is one
         raise _unusable(error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _unusable(error: OSError) -> RunError:
+    reason = error.strerror or error
     return RunError(
-        f"the ledger of what data sets have given away, {spending_folder()}, cannot be used: {error.strerror}. Set "
+        f"the ledger of what data sets have given away, {spending_folder()}, cannot be used: {reason}. Set "
         "XDG_STATE_HOME to a folder that can be written, or leave the run out of it with --no_record_spending."
     )

@@ -26,6 +26,7 @@ MAX_ADAPTER_BYTES = 256 << 20
 MAX_MODEL_BYTES = 2 << 30  # of a file of the name below, which holds a whole model
 MODEL_WEIGHTS = "diffusion_pytorch_model.safetensors"
 MAX_HEADER_BYTES = 1 << 20  # the format allows 100 MB, an adapter needs a few hundred kB
+MAX_ENTRIES, MAX_DEPTH = 10_000, 20  # of a shareable folder
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,256}")
 BYTES_PER_NUMBER = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 # An exponent of all ones is an infinity or NaN (IEEE 754): the type of the bits, and the bits of the exponent.
@@ -75,18 +76,19 @@ def read_json(path: Path) -> Any:
     Raises:
         PrivacyError: the file is missing, too big or not strict JSON.
     """
-    with _opened(path) as file:
-        return parse_json(file.read(MAX_TEXT_BYTES), path.name)
+    return parse_json(b"".join(_chunks(path)), path.name)
 
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a regular file of at most `byte_limit`, 64 hex digits.
 
     Raises:
-        PrivacyError: it is missing, too big or cannot be read.
+        PrivacyError: it is missing, too big, gives more than its size, or cannot be read.
     """
-    with _opened(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for chunk in _chunks(path):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def byte_limit(path: Path) -> int:
@@ -94,6 +96,28 @@ def byte_limit(path: Path) -> int:
     if path.suffix != ".safetensors":
         return MAX_TEXT_BYTES
     return MAX_MODEL_BYTES if path.name == MODEL_WEIGHTS else MAX_ADAPTER_BYTES
+
+
+def file_names(folder: Path) -> list[str]:
+    """Paths of all files below a folder, relative to it, sorted; links to files are among them.
+
+    Raises:
+        PrivacyError: it is deeper than `MAX_DEPTH`, has more than `MAX_ENTRIES`, or holds a link to a folder.
+    """
+    names, folders, entries = [], [""], 0
+    while folders:
+        inside = folders.pop()
+        for entry in _entries(folder / inside):
+            entries, name = entries + 1, inside + entry.name
+            if entries > MAX_ENTRIES or name.count("/") > MAX_DEPTH:
+                raise PrivacyError(f"the folder has more than {MAX_ENTRIES:,} entries, or is deeper than {MAX_DEPTH}.")
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(name + "/")
+            elif (folder / name).is_dir():
+                raise PrivacyError(f"{name[:80]!r} is a link to a folder. Put the folder itself there, or remove it.")
+            else:
+                names.append(name)
+    return sorted(names)
 
 
 def safetensors_header(path: Path) -> SafetensorsHeader:
@@ -210,6 +234,25 @@ def _check_tensor(path: Path, name: str, entry: dict[str, Any], position: int) -
     if begin != position or end - begin != math.prod(entry["shape"]) * BYTES_PER_NUMBER[entry["dtype"]]:
         raise PrivacyError(f"{path.name}: tensor {name} overlaps another, leaves a gap or differs from its shape.")
     return end
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    """The bytes of a whole file. Some that a link may lead to, below /proc, claim to be empty and never end."""
+    with _opened(path) as file:
+        left = os.fstat(file.fileno()).st_size
+        while chunk := file.read(_CHUNK):
+            left -= len(chunk)
+            if left < 0:
+                raise PrivacyError(f"{path.name} gives more bytes than its size says.")
+            yield chunk
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            yield from entries
+    except OSError as error:
+        raise PrivacyError(f"{folder.name[:80]!r} cannot be read: {error.strerror}.") from error
 
 
 @contextlib.contextmanager

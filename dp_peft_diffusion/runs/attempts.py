@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dp_peft_diffusion.durable import write_durably
-from dp_peft_diffusion.errors import RunError
-from dp_peft_diffusion.privacy.ledger import steps_begun
+from dp_peft_diffusion.errors import RunError, UserError
 from dp_peft_diffusion.privacy.mechanism import DPMechanism
 from dp_peft_diffusion.privacy.promise import Release
 
@@ -20,12 +19,16 @@ class Attempt:
     """One attempt.
 
     Attributes:
+        name: random, in the ledger of the data set.
         context: everything that shapes its updates.
-        mechanism: the fields of its `DPMechanism`.
+        mechanism: the fields of its `DPMechanism`; without a noise multiplier under --no_privacy.
+        group_column: whose images the unit is, if not one image.
     """
 
+    name: str
     context: dict[str, str]
     mechanism: dict[str, Any]
+    group_column: str | None
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,12 @@ class Attempts:
     """All attempts at a run, the present one last.
 
     Attributes:
-        run: random name of the run in the ledger of the data set.
+        key_check: tells the run's key from another.
         key_source: "os", or "given" by a caller.
         escrowed: whether a copy of the key was put aside for replay.
     """
 
-    run: str
+    key_check: str
     key_source: str
     escrowed: bool
     attempts: tuple[Attempt, ...]
@@ -67,13 +70,22 @@ def load_attempts(path: Path) -> Attempts | None:
         ) from error
 
 
-def charged(record: Attempts, given_up: int, ledger: Path) -> tuple[Release, ...]:
+def charged(
+    record: Attempts, given_up: int, begun: dict[int, int], group_column: str | None, ledger: Path
+) -> tuple[Release, ...]:
     """What the first `given_up` attempts cost: every step they began, whether or not its noise was ever seen.
 
+    Args:
+        record: of the run.
+        given_up: how many of its attempts.
+        begun: steps of each attempt, by the ledger.
+        group_column: whose images the unit of this attempt is.
+        ledger: its file, for messages.
+
     Raises:
-        RunError: the ledger cannot be read, was changed, or knows of attempts that the record does not.
+        RunError: the ledger knows of attempts that the record does not.
+        UserError: an attempt had no noise, or another unit.
     """
-    begun = steps_begun(ledger)
     if max(begun, default=0) > len(record.attempts):
         raise RunError(
             f"{ledger} lists steps of attempt {max(begun)}, of which {ATTEMPTS_FILE} beside it knows nothing: it was "
@@ -83,7 +95,17 @@ def charged(record: Attempts, given_up: int, ledger: Path) -> tuple[Release, ...
     for number, attempt in enumerate(record.attempts[:given_up], start=1):
         mechanism = DPMechanism(**attempt.mechanism)
         steps = min(begun.get(number, 0), mechanism.steps)
-        if steps and mechanism.noise_multiplier is not None:
+        if steps and mechanism.noise_multiplier is None:
+            raise UserError(
+                f"attempt {number} of this run trained without privacy, so nothing can be promised any more. Choose "
+                "another --output_dir, for images that are public."
+            )
+        if steps and attempt.group_column != group_column:
+            raise UserError(
+                f"attempt {number} of this run counted by {attempt.group_column or 'single images'}, this one by "
+                f"{group_column or 'single images'}: their prices do not add up. Give --group_column as before."
+            )
+        if steps:
             mechanism = dataclasses.replace(mechanism, steps=steps)
             releases.append(Release(mechanism=mechanism, source="an earlier attempt of this run"))
     return tuple(releases)

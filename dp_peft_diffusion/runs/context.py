@@ -4,27 +4,34 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 from pathlib import Path
 
 import torch
 
 from dp_peft_diffusion.privacy.mechanism import DPMechanism
+from dp_peft_diffusion.privacy.promise import Promise
 from dp_peft_diffusion.runs.folder import line_differences
 
 LIBRARIES = ("torch", "numpy", "diffusers", "peft")
+VARIABLES = (  # of the environment, by which libraries choose other kernels or another precision
+    "ATEN_CPU_CAPABILITY", "CUBLAS_WORKSPACE_CONFIG", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)  # fmt: skip
 
 
 def context_of(
-    recipe: str, mechanism: DPMechanism, images: bytes, base_sha256: str, device: torch.device
+    recipe: str, mechanism: DPMechanism, promise: Promise | None, images: bytes, base: str, device: torch.device
 ) -> dict[str, str]:
     """What shapes the updates of a run, as texts.
 
     Args:
         recipe: resolved, as YAML, without places on this machine: what lies there has its own digest.
         mechanism: with its noise.
+        promise: whose earlier releases the noise was calibrated beside; None without privacy.
         images: digest of the decoded records.
-        base_sha256: of the base's weights.
+        base: digest of its weights and settings.
         device: that computes.
     """
     computer = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
@@ -32,11 +39,27 @@ def context_of(
         "recipe": recipe,
         "mechanism": json.dumps(dataclasses.asdict(mechanism), sort_keys=True),
         "images": images.hex(),
-        "base": base_sha256,
+        "earlier releases": "none" if promise is None else str(promise.prior),
+        "base": base,
         "code": code_digest(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {computer}",
         "threads": str(torch.get_num_threads()),
+        "settings": json.dumps(settings(), sort_keys=True),
         **{name: importlib.metadata.version(name) for name in LIBRARIES},
+    }
+
+
+def settings() -> dict[str, str]:
+    """Switches of torch and of the libraries below it that change what a kernel computes."""
+    return {
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "cuda_matmul_tf32": str(torch.backends.cuda.matmul.allow_tf32),
+        "cudnn_tf32": str(torch.backends.cudnn.allow_tf32),
+        "cudnn_benchmark": str(torch.backends.cudnn.benchmark),
+        "deterministic": str(torch.are_deterministic_algorithms_enabled()),
+        "cuda": str(torch.version.cuda),
+        "mkldnn": str(torch.backends.mkldnn.enabled),
+        **{name: os.environ.get(name, "") for name in VARIABLES},
     }
 
 

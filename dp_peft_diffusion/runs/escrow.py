@@ -24,7 +24,11 @@ def check_place(path: Path, folder: Path) -> None:
     Raises:
         UserError: it lies in the shareable folder, exists and is no escrowed key, or has no folder.
     """
-    if folder.resolve() in path.resolve().parents:
+    place, shared = path.resolve(), folder.resolve()
+    private = shared.with_name(f"{shared.name}.private")
+    if place in (shared, private) or private in place.parents:
+        raise UserError(f"--escrow_key {path} is where the run itself writes. Choose a place of its own.")
+    if shared in place.parents:
         raise UserError(f"--escrow_key {path} lies in {folder}, which is to be shared. Choose a place of its own.")
     if not path.parent.is_dir():
         raise UserError(f"--escrow_key {path}: there is no folder {path.parent}. Make it first.")

@@ -1,6 +1,8 @@
 """The two folders of a run: NAME for everybody, NAME.private for the data holder."""
 
 import contextlib
+import hashlib
+import hmac
 import os
 import shutil
 import time
@@ -12,10 +14,16 @@ import filelock
 
 from dp_peft_diffusion.durable import fsync, fsync_tree, move_durably, write_durably
 from dp_peft_diffusion.errors import RunError, UserError
-from dp_peft_diffusion.privacy.ledger import steps_begun
-from dp_peft_diffusion.runs.attempts import ATTEMPTS_FILE
+from dp_peft_diffusion.privacy.ledger import Ledger, steps_begun
+from dp_peft_diffusion.privacy.randomness import KEY_BYTES
+from dp_peft_diffusion.runs.attempts import ATTEMPTS_FILE, Attempts, load_attempts
 
 MIN_FREE_BYTES = 200_000_000
+LONGEST_NAME = 200  # bytes, so that NAME.private fits too
+BOOKKEEPING = ("record_spending", "checkpointing_steps")  # recipe keys that shape no update
+# What a run that stopped before its first attempt was recorded may have left.
+_OWN = ("lock", "key", "ledger.jsonl", "recipe.yaml", "requested.yaml", "problems.csv", "shareable", ATTEMPTS_FILE)
+BEGUN = (*_OWN, *(f"{name}.partial" for name in _OWN))
 
 
 class FinishedRun(Exception):
@@ -62,15 +70,18 @@ class RunFolder:
         """The secret key while the run is going on; mode 0600."""
         return self.private / "key"
 
-    @property
-    def recipe(self) -> Path:
-        """The resolved recipe, which runs again as it stands."""
-        return self.private / "recipe.yaml"
+    def recipe(self, attempt: int) -> Path:
+        """The resolved recipe of an attempt, which runs again as it stands."""
+        return self.private / numbered("recipe.yaml", attempt)
+
+    def requested_recipe(self, attempt: int) -> Path:
+        """The recipe as it was asked for, before anything was resolved."""
+        return self.private / numbered("requested.yaml", attempt)
 
     @property
-    def requested_recipe(self) -> Path:
-        """The recipe as it was asked for, before anything was resolved."""
-        return self.private / "requested.yaml"
+    def publishing(self) -> Path:
+        """Present from just before the shareable folder is moved into place."""
+        return self.private / "publishing"
 
     @property
     def finished(self) -> Path:
@@ -85,22 +96,20 @@ class RunFolder:
             UserError: another run, other files, or no room on the disk.
             RunError: what lies there is damaged.
         """
-        if not self.folder.name:
-            raise UserError(f"--output_dir {self.folder} has no name of its own. Try --output_dir runs/mine.")
-        if self.folder.is_symlink() or self.folder.is_mount():
-            raise UserError(f"--output_dir {self.folder} is a link or a mount point. Name a new folder inside it.")
+        self._check_place()
         self.finish_closing()
+        record = load_attempts(self.attempts)
         if self.finished.is_file():
-            self._check_finished(requested)
-        if self.attempts.is_file():
-            self._check_same(requested, new_attempt)
+            self._check_finished(requested, record)
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise UserError(f"--output_dir {self.folder} is not empty. {self._advice}")
+        if record is not None:
+            self._check_same(requested, new_attempt, len(record.attempts))
             return True
         if self.ledger.is_file() and steps_begun(self.ledger):
             raise RunError(f"{self.ledger} lists steps, but {self.attempts} is gone. {self._advice}")
         if new_attempt:
             raise UserError(f"--new_attempt: --output_dir {self.folder} holds no interrupted run. Leave it out.")
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(f"--output_dir {self.folder} is not empty. {self._advice}")
         self._check_room()
         return False
 
@@ -108,20 +117,39 @@ class RunFolder:
     def _advice(self) -> str:
         return f"Choose another --output_dir, or remove {self.folder} and {self.private}."
 
-    def _check_finished(self, requested: str) -> None:
+    def _check_place(self) -> None:
+        """Refuse a place where private files would be shared, or somebody else's would be overwritten."""
+        name = self.folder.name
+        if name in ("", "..") or len(name.encode()) > LONGEST_NAME:
+            raise UserError(f"--output_dir {self.folder} has no short name of its own. Try --output_dir runs/mine.")
+        if name.endswith(".private"):
+            raise UserError(f"--output_dir {self.folder}: a name ending in .private is that of what is never shared.")
+        if self.folder.is_symlink() or self.folder.is_mount():
+            raise UserError(f"--output_dir {self.folder} is a link or a mount point. Name a new folder inside it.")
+        for above in self.folder.absolute().parents:
+            if (above / "privacy.json").exists():
+                raise UserError(f"--output_dir {self.folder} lies in {above}, which is to be shared. Choose another.")
+        if self.private.is_symlink() or (self.private.exists() and not self.private.is_dir()):
+            raise UserError(f"{self.private} is a link or a file. {self._advice}")
+        if self.private.is_dir() and not self.attempts.is_file() and not self.finished.is_file():
+            foreign = sorted(path.name for path in self.private.iterdir() if path.name not in BEGUN)
+            if foreign and not self.ledger.is_file():
+                raise UserError(f"{self.private} holds other files ({', '.join(foreign[:3])}). {self._advice}")
+
+    def _check_finished(self, requested: str, record: Attempts | None) -> None:
         if not self.folder.is_dir() and not self.staging.is_dir():
             raise UserError(f"the run of {self.private} is finished, but {self.folder} was removed. {self._advice}")
-        if self.requested_recipe.read_text() == requested:
+        if record is not None and self.requested_recipe(len(record.attempts)).read_text() == requested:
             raise FinishedRun(self.folder if self.folder.is_dir() else self.staging)
         raise UserError(f"--output_dir {self.folder} holds a finished run with other options. {self._advice}")
 
-    def _check_same(self, requested: str, new_attempt: bool) -> None:
-        changed = line_differences(self.requested_recipe.read_text(), requested)
-        if changed and not new_attempt:
+    def _check_same(self, requested: str, new_attempt: bool, attempt: int) -> None:
+        before = self.requested_recipe(attempt).read_text()
+        if without_bookkeeping(before) != without_bookkeeping(requested) and not new_attempt:
             raise UserError(
-                f"--output_dir {self.folder} holds an interrupted run with other options ({'; '.join(changed)}). Type "
-                "its own command to go on, or add --new_attempt to begin anew with these, which counts every step "
-                f"begun before. {self._advice}"
+                f"--output_dir {self.folder} holds an interrupted run with other options "
+                f"({'; '.join(line_differences(before, requested))}). Type its own command to go on, or add "
+                f"--new_attempt to begin anew with these, which counts every step begun before. {self._advice}"
             )
 
     def _check_room(self) -> None:
@@ -160,29 +188,31 @@ class RunFolder:
             self.folder.rmdir()  # empty, by check_usable
         self.private.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_durably(self.key, key, 0o600)
+        Ledger(self.ledger).close()  # from now on a missing ledger is a lost one
 
-    def restart(self, requested: str, resolved: str) -> None:
-        """Write down the recipe of an attempt, and take back everything an earlier one staged."""
-        (self.staging / "samples").mkdir(parents=True, exist_ok=True)
-        for state in self.private.glob("state*"):
-            state.unlink()
-        write_durably(self.requested_recipe, requested.encode())
-        write_durably(self.recipe, resolved.encode())
-        self.clean_staging(0)
+    def write_recipes(self, attempt: int, requested: str, resolved: str) -> None:
+        """Write down the recipe of an attempt; it holds once the attempt is recorded."""
+        write_durably(self.requested_recipe(attempt), requested.encode())
+        write_durably(self.recipe(attempt), resolved.encode())
 
-    def read_key(self) -> bytes:
-        """The secret key of an unfinished run.
+    def read_key(self, key_check: str | None) -> bytes:
+        """The secret key of an unfinished run. key_check: what `key_check_of` gave for it; None when it is new.
 
         Raises:
-            RunError: it is gone.
+            RunError: it is gone, or was changed.
         """
         try:
-            return self.key.read_bytes()
+            key = self.key.read_bytes()
         except OSError as error:
+            key, reason = b"", str(error.strerror)
+        else:
+            reason = "it was changed"
+        if len(key) != KEY_BYTES or key_check not in (None, key_check_of(key)):
             raise RunError(
-                f"the key {self.key} of this run cannot be read ({error.strerror}), so its noise cannot be drawn "
-                "again. Start afresh in another --output_dir and count all planned steps of this run as spent."
-            ) from error
+                f"the key {self.key} of this run cannot be used ({reason}), so its noise cannot be drawn again. Put it "
+                "back, or start afresh in another --output_dir and count all planned steps of this run as spent."
+            )
+        return key
 
     def clean_staging(self, steps: int) -> None:
         """Take back what was staged after `steps` updates: it is made again."""
@@ -200,23 +230,41 @@ class RunFolder:
         for path in [*self.staging.rglob("*"), self.staging]:
             os.utime(path, (now, now))  # when which grid was made tells how long batches took (invariant 13)
         fsync_tree(self.staging)
+        write_durably(self.publishing, b"")
         move_durably(self.staging, self.folder)
         self.close()
 
     def close(self) -> None:
-        """Delete the key, after which nobody can take the noise off again, and mark the run as done."""
+        """Mark the run as done and delete its key, after which nobody can take the noise off again."""
+        write_durably(self.finished, b"")
         self.key.unlink(missing_ok=True)
-        for state in self.private.glob("state*"):
-            state.unlink()
-        fsync(self.private)
-        self.finished.touch()
+        for state in [*self.private.glob("state*.json"), *self.private.glob("state-*.safetensors")]:
+            state.unlink(missing_ok=True)
         fsync(self.private)
 
     def finish_closing(self) -> None:
-        """Delete the key of a run that was published and stopped before its key was deleted."""
-        published = self.attempts.is_file() and self.folder.is_dir() and not self.staging.exists()
-        if published and (self.key.exists() or not self.finished.is_file()):
+        """Delete the key of a run that was done and stopped before its key was deleted."""
+        done = self.finished.is_file() or (self.publishing.is_file() and not self.staging.exists())
+        if not done or (self.finished.is_file() and not self.key.exists()):
+            return
+        with contextlib.suppress(RunError), self.locked():  # whoever holds the lock is closing it
             self.close()
+
+
+def numbered(name: str, attempt: int) -> str:
+    """A file of one attempt: "recipe.yaml" of the first, "recipe-2.yaml" of the second."""
+    stem, _, suffix = name.partition(".")
+    return name if attempt == 1 else f"{stem}-{attempt}.{suffix}"
+
+
+def key_check_of(key: bytes) -> str:
+    """What tells a key from another and says nothing about it."""
+    return hmac.new(key, b"dp-peft/1/key check", hashlib.sha256).hexdigest()
+
+
+def without_bookkeeping(recipe: str) -> list[str]:
+    """The lines of a YAML recipe without those that may differ when a run goes on."""
+    return [line for line in recipe.splitlines() if line.split(":")[0].strip() not in BOOKKEEPING]
 
 
 def grid_name(step: int) -> str:

@@ -17,42 +17,56 @@ from torch import Tensor
 from dp_peft_diffusion.durable import move_durably, partial_of, write_durably
 from dp_peft_diffusion.errors import RunError
 from dp_peft_diffusion.gradients.optimizer import Ema, Parameters
+from dp_peft_diffusion.runs.folder import numbered
 
-STATE_FILE = "state.json"
 
-
-def save_state(folder: Path, key: bytes, steps: int, tensors: dict[str, Tensor]) -> None:
+def save_state(folder: Path, key: bytes, attempt: int, steps: int, tensors: dict[str, Tensor]) -> None:
     """Put the state after `steps` updates on disk, then remove the one before.
 
     Args:
         folder: the private folder.
         key: of the attempt; a state carries its mark, so that another attempt's is not mistaken for its own.
+        attempt: its number.
         steps: updates taken.
         tensors: from `training_tensors`.
 
     Raises:
         OSError, SafetensorError: the disk is full; the state before is still there.
     """
-    path = folder / f"state-{steps}.safetensors"
+    path = folder / f"state-{attempt}-{steps}.safetensors"
     save_file(tensors, partial_of(path))
     move_durably(partial_of(path), path)
     facts = {"steps": steps, "file": path.name, "sha256": _sha256(path)}
-    write_durably(folder / STATE_FILE, json.dumps({**facts, "mark": _mark(key, facts)}).encode(), 0o600)
-    for old in folder.glob("state-*"):
+    write_durably(folder / state_file(attempt), json.dumps({**facts, "mark": _mark(key, facts)}).encode(), 0o600)
+    for old in folder.glob("state-*.safetensors*"):
         if old != path:
             old.unlink()
 
 
-def load_state(folder: Path, key: bytes) -> tuple[int, dict[str, Tensor]]:
+def state_file(attempt: int) -> str:
+    """Name of the file that names the state of an attempt."""
+    return numbered("state.json", attempt)
+
+
+def steps_saved(folder: Path, attempt: int) -> int:
+    """How many steps the saved state of an attempt claims to hold, unchecked: evidence that they were begun."""
+    try:
+        return int(json.loads((folder / state_file(attempt)).read_bytes())["steps"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return 0
+
+
+def load_state(folder: Path, key: bytes, attempt: int) -> tuple[int, dict[str, Tensor]]:
     """Updates taken and tensors; (0, {}) when no state was saved.
 
     Raises:
         RunError: the state is damaged, or belongs to another attempt or run.
     """
-    if not (folder / STATE_FILE).is_file():
+    path = folder / state_file(attempt)
+    if not path.is_file():
         return 0, {}
     try:
-        facts = json.loads((folder / STATE_FILE).read_bytes())
+        facts = json.loads(path.read_bytes())
         mark = facts.pop("mark")
         if not hmac.compare_digest(mark, _mark(key, facts)):
             raise ValueError("it was not written by this attempt of this run")
@@ -62,7 +76,7 @@ def load_state(folder: Path, key: bytes) -> tuple[int, dict[str, Tensor]]:
         return facts["steps"], load(content)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise RunError(
-            f"the saved state {folder / STATE_FILE} cannot be used: {error or type(error).__name__}. Remove that file "
+            f"the saved state {path} cannot be used: {error or type(error).__name__}. Remove that file "
             "and type the same command again: all steps are then replayed with the same noise, which costs time and no "
             "privacy."
         ) from error

@@ -60,6 +60,7 @@ def export(
             "class_names": recipe.data.class_names and list(recipe.data.class_names),
             "gamma_source": gamma_source,
             "grid_labels": "every class in turn",
+            **({} if recipe.data.group_column is None else {"group_column": recipe.data.group_column}),
         },
         base={"name": public_base_name(base.name), "revision": base.revision, "sha256": base.sha256},
         folder=folder,

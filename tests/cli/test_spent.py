@@ -7,6 +7,7 @@ from click.testing import CliRunner
 from tiny_runs import changed, tiny_recipe
 
 from dp_peft_diffusion.cli import main
+from dp_peft_diffusion.privacy.ledger import steps_begun
 from dp_peft_diffusion.recipe import to_yaml
 from dp_peft_diffusion.training import prepare, run, train
 
@@ -68,8 +69,8 @@ def test_without_privacy_nothing_is_recorded(recipe, tmp_path):
 def test_the_ledger_is_asked_before_anything_is_spent(recipe, tmp_path, monkeypatch):
     (tmp_path / "state").write_text("in the way")
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
-    result = CliRunner().invoke(
-        main, ["train", "--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run")]
-    )
+    words = ["train", "--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run")]
+    result = CliRunner().invoke(main, words)
     assert result.exit_code == 1 and "--no_record_spending" in result.stderr
-    assert not (tmp_path / "run.private" / "ledger.jsonl").exists()
+    assert steps_begun(tmp_path / "run.private" / "ledger.jsonl") == {}
+    assert CliRunner().invoke(main, [*words, "--no_record_spending"]).exit_code == 0  # the advice can be followed

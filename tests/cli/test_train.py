@@ -241,7 +241,7 @@ def test_an_interrupt_ends_with_a_sentence_and_130(training):
     training.fault = KeyboardInterrupt()
     result = invoke("train")
     assert result.exit_code == 130
-    assert "Stopped" in result.stderr and "Type the same command to go on" in result.stderr
+    assert "Stopped" in result.stderr and "Type the same command to go on, without --new_attempt" in result.stderr
     assert "Traceback" not in result.output and "Aborted" not in result.output
 
 

@@ -594,7 +594,9 @@ def test_the_source_digest_knows_the_stored_images_and_nothing_of_how_they_are_u
     ):
         assert same.source_digest == wanted
     assert source_digest(Data(dataset_name=data)) == wanted
-    changes = [[*contents[:3], PNG], contents[:3], [*contents, None], contents[::-1], [contents[0][:-1], *contents[1:]]]
+    turned = open_examples(parquet(tmp_path / "y.parquet", contents[::-1]), SIDE, 3)
+    assert turned.source_digest == wanted
+    changes = [[*contents[:3], PNG], contents[:3], [*contents, None], [contents[0][:-1], *contents[1:]]]
     others = [open_examples(parquet(tmp_path / "y.parquet", changed), SIDE, 3).source_digest for changed in changes]
     assert len({wanted, *others}) == 1 + len(changes)
     assert open_examples(Data(), SIDE, 1).source_digest != open_examples(Data(split="test"), SIDE, 1).source_digest

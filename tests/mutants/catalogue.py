@@ -205,18 +205,19 @@ MIDDLE_ROWS = (  # noise, keys, attempts, numbers: rows 10 to 20
     mutant(
         "a new attempt draws the old noise", 14, whole_runs.resumption, "privacy.randomness:attempt_key",
         "% attempt", "% 1",
+        "runs.context:context_of", "str(promise.prior)", '""',
     ),
     mutant(
         "resumes with another learning rate under the same noise", 14, whole_runs.resumption,
-        "runs.folder:RunFolder._check_same", "if changed and not new_attempt:", "if False:",
-        "preparation:prepare", "recipe = load_recipe(run.recipe)", "pass",
-        "preparation:check_context", "if changed:", "if False:",
+        "runs.folder:RunFolder._check_same", "!= without_bookkeeping(requested)", "is None",
+        "preparation:prepare", "recipe = as_resolved(recipe, load_recipe(run.recipe(last)))", "pass",
+        "preparation:check_context", ".context != context", ".context is None",
         "privacy.randomness:attempt_key", "hkdf_sha256(run_key, context,", "hkdf_sha256(run_key, b'',",
     ),
     mutant(
         "resumes in another precision under the same noise", 14, whole_runs.resumption,
-        "runs.folder:RunFolder._check_same", "if changed and not new_attempt:", "if False:",
-        "preparation:prepare", "recipe = load_recipe(run.recipe)", "pass",
+        "runs.folder:RunFolder._check_same", "!= without_bookkeeping(requested)", "is None",
+        "preparation:prepare", "recipe = as_resolved(recipe, load_recipe(run.recipe(last)))", "pass",
         "runs.context:context_of", '"recipe": recipe', '"recipe": ""',
     ),
     mutant(
@@ -238,7 +239,7 @@ MIDDLE_ROWS = (  # noise, keys, attempts, numbers: rows 10 to 20
     ),
     mutant(
         "runs that tuned are free", 15, bookkeeping.prices, "privacy.promise:composed_event",
-        "[_repeated(mechanism.event, runs)]", "[mechanism.event]",
+        "Counter({mechanism.event: runs})", "Counter({mechanism.event: 1})",
     ),
     mutant(
         "earlier releases are free", 15, bookkeeping.prices, "privacy.promise:composed_event",

@@ -210,6 +210,7 @@ def prepared_run(run: TinyRun, folder: Path, net: nn.Module) -> training.Prepare
         mechanism=run.mechanism(),
         promise=None,
         earlier=None,
+        begun={},
         resuming=False,
         context={},
         seconds_per_micro_batch=1.0,
@@ -253,7 +254,6 @@ def trace_of(run: TinyRun, key: bytes, net: nn.Module | None = None, learn: bool
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         prepared = prepared_run(run, Path(folder), net)
         prepared.run.create(key)
-        prepared.run.restart("", "")
         with (
             patch.object(training, "make_batch", seen_batch),
             patch.object(training, "apply_update", seen_update),

@@ -12,6 +12,7 @@ from dp_peft_diffusion.privacy.certificate import CANNOT_PROVE, verify
 from dp_peft_diffusion.privacy.certificate_form import EARLIER_ATTEMPT, assumptions, unit
 from dp_peft_diffusion.privacy.composition import promise_of
 from dp_peft_diffusion.privacy.promise import Release, make_promise
+from dp_peft_diffusion.privacy.promise import statement as promise_statement
 from tests.privacy.folders import N, make_folder, mechanism, promise
 from tests.privacy.strangers import tensors, write_tensors
 
@@ -175,7 +176,7 @@ TAMPERED = [  # field, what a forger would like there, the level that sees it
     (("accounting", "epsilon_rdp"), 0.5, "figures"),
     (("accounting", "epsilon_rdp"), None, "figures"),
     (("public_inputs", "num_examples"), 60000, "mechanism"),
-    (("public_inputs", "num_examples"), "1797", "mechanism"),
+    (("public_inputs", "num_examples"), "1797", "certificate"),
     (("tuning",), {"runs": 100, "priced": "composition"}, "epsilon"),
     (("tuning",), {"runs": 100, "priced": "selection"}, "certificate"),
     ((*RELEASE, "mechanism", "sampling_prob"), 0.1, "mechanism"),
@@ -251,7 +252,8 @@ def every_path_below(document, path):
     return list(every_path(document))[1:]
 
 
-FREE_TEXT = {("base", "name"), ("base", "revision"), ("accounting", "version"), ("public_inputs",)}
+FREE_TEXT = {("base", "name"), ("base", "revision"), ("accounting", "version")}
+FREE_TEXT |= {("public_inputs", "class_names")}
 
 
 @pytest.mark.parametrize("bad", ["x", True, [[]], {"a": 1}, -1, 1e300])
@@ -276,7 +278,7 @@ def test_no_key_may_be_missing_or_added_anywhere(certified):
         place = document
         for key in path:
             place = place[key]
-        if not isinstance(place, dict) or path == ("public_inputs",):
+        if not isinstance(place, dict):
             continue
         added, missing = copy.deepcopy(document), document
         place = added
@@ -285,7 +287,7 @@ def test_no_key_may_be_missing_or_added_anywhere(certified):
         place["note"] = "hello"
         with pytest.raises(PrivacyError):
             certificate.check_form(added)
-        if path != ("sha256",):
+        if path not in {("sha256",), ("public_inputs",)}:
             place = missing
             for key in path:
                 place = place[key]
@@ -341,10 +343,58 @@ def test_a_missing_folder_or_certificate_is_a_failed_level(folder, tmp_path):
     assert failed(verify(tmp_path / "nowhere")) == {"certificate"}
 
 
-@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "adapter_model.bin", "other.SAFETENSORS"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch_lora_weights.safetensors",
+        "adapter_model.bin",
+        "other.SAFETENSORS",
+        "a.gguf",
+        "model.index.json",
+        "x.py",
+    ],
+)
 def test_weights_beside_the_certified_ones_are_refused(folder, name):
     (folder / name).write_bytes(b"anything")
     assert failed(verify(folder)) == {"files"}
+
+
+@pytest.mark.parametrize(
+    "path", [("guarantee", "mu_gdp"), ("guarantee", "profile", 4, "epsilon"), ("guarantee", "max_tpr_at_fpr", "0.01")]
+)
+def test_a_figure_may_be_smaller_than_recomputed_only_where_another_version_computed_it(folder, path):
+    place = certificate.read(folder)
+    for key in path:
+        place = place[key]
+    tamper(folder, *path, value=place * 0.9995)
+    document = certificate.read(folder)
+    said = promise_statement(promise_of(document), document["guarantee"])
+    tamper(folder, "statement", value=said)
+    assert failed(verify(folder)) == {"figures"}
+    tamper(folder, "accounting", "version", value="0.0.1")
+    report = verify(folder)
+    assert (
+        report.ok and "computed by dp-accounting '0.0.1'" in dict((name, s) for name, _, s in report.levels)["figures"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("note", "x"),
+        ("gamma_source", "x" * 201),
+        ("grid_labels", ["x"]),
+        ("group_column", 3),
+        ("class_names", ["x" * 201]),
+        ("class_names", ["x"] * 10_001),
+        ("class_names", "x"),
+        ("resolution", 32.0),
+        ("image_channels", True),
+    ],
+)
+def test_public_inputs_carry_nothing_else(folder, name, value):
+    tamper(folder, "public_inputs", name, value=value)
+    assert failed(verify(folder)) == {"certificate"}
 
 
 def test_samples_and_metrics_may_lie_in_the_folder(folder):
@@ -413,7 +463,7 @@ def test_verify_imports_no_torch(folder):
 
 def hostile(number):
     """Well-formed certificates that a careless accountant would work on for minutes, or fill the memory with."""
-    n, steps = 10**12, 500_000
+    n, steps = 10**12, 100_000
     one = {"event": "self-composed Poisson-sampled Gaussian", "max_grad_norm": 1.0, "truncated_batch_size": None}
     one |= {"max_examples_per_group": 1, "sampling_prob": 1e-6, "expected_batch_size": 1e6, "count": steps}
     group = {"event": "self-composed mixture of Gaussians, of Poisson-sampled groups", "max_examples_per_group": 1024}

@@ -61,13 +61,13 @@ def test_the_most_steps_stop_at_what_can_be_priced():
     (found,) = answers(
         Question(num_examples=10**9, train_batch_size=(64,), epsilon=1.0, noise_multiplier=9.0, delta=1e-10)
     )
-    assert found.mechanism.steps == 500_000
+    assert found.mechanism.steps == 100_000
     (shared,) = answers(
         Question(
             num_examples=10**9, train_batch_size=(64,), epsilon=1.0, noise_multiplier=9.0, delta=1e-10, tuning_runs=3
         )
     )
-    assert shared.mechanism.steps == 166_666
+    assert shared.mechanism.steps == 33_333
 
 
 def test_earlier_releases_leave_less(tmp_path):
@@ -81,6 +81,14 @@ def test_earlier_releases_leave_less(tmp_path):
             after.mechanism.steps / after.mechanism.noise_multiplier
             < alone.mechanism.steps / alone.mechanism.noise_multiplier
         )
+
+
+def test_where_a_full_batch_has_no_price_no_batch_is_the_knee():
+    asked = {"num_examples": 10**6, "epsilon": 1e-3, "delta": 1e-7, "max_train_steps": (20_000,)}
+    with pytest.raises(UserError, match="noise multiplier above"):
+        list(answers(Question(**asked, train_batch_size=(10**6,))))
+    ((_, knee),) = answers_with_knee(Question(**asked, train_batch_size=(64,)))
+    assert not knee
 
 
 def test_the_knee_is_the_smallest_batch_near_the_noise_of_a_full_one():

@@ -12,6 +12,7 @@ from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.privacy import accounting, certificate
 from dp_peft_diffusion.privacy.composition import promise_of, read_prior
 from dp_peft_diffusion.privacy.promise import Promise, Release, composed_event, guarantee, make_promise, statement
+from dp_peft_diffusion.privacy.ranges import MAX_RELEASES
 from dp_peft_diffusion.privacy.selection import selection_epsilons
 from tests.privacy.folders import N, make_folder, mechanism, promise
 
@@ -97,6 +98,21 @@ def test_more_updates_than_can_be_priced_are_refused_in_words():
         promise(9.0, tuning_runs=10_000)
     with pytest.raises(UserError, match="600,200 noisy updates"):
         promise(9.0, prior=(release(runs=3000),))
+
+
+def test_more_releases_than_a_certificate_can_list_are_refused_before_training():
+    as_many = tuple(release(steps=1, noise_multiplier=20.0 + n) for n in range(MAX_RELEASES))
+    assert composed_event(mechanism(), None, as_many)
+    with pytest.raises(UserError, match="65 earlier releases"):
+        promise(9.0, prior=(*as_many, release(steps=1)))
+
+
+def test_one_image_of_a_group_is_said_to_cost_less_only_where_it_does():
+    asked = promise(None, max_examples_per_group=3)
+    figures = guarantee(asked)
+    words = "For one image of a group, epsilon is"
+    assert f"{words} the smaller {figures['epsilon_per_image']:g}" in statement(asked, figures)
+    assert f"{words} 99." in statement(asked, figures | {"epsilon_per_image": 99.0})
 
 
 def test_beside_zero_out_stands_the_price_of_replacing_and_beside_a_group_that_of_one_image():
@@ -219,6 +235,15 @@ def test_a_prior_certificate_that_promises_nothing_is_refused(first, tmp_path, s
     (copy / "privacy.json").write_text(json.dumps(spoil(document)))
     with pytest.raises(UserError, match=reason):
         read_prior([copy], mechanism())
+
+
+def test_a_prior_of_groups_by_another_column_is_refused(tmp_path):
+    grouped = mechanism(max_examples_per_group=2, noise_multiplier=40.0)
+    public = {"group_column": "patient"}
+    make_folder(tmp_path / "first", promise=make_promise(grouped, delta=DELTA, epsilon=None), public_inputs=public)
+    assert read_prior([tmp_path / "first"], grouped, "patient") == read_prior([tmp_path / "first"], grouped)
+    with pytest.raises(UserError, match="of column 'patient', those of this run of column 'hospital'"):
+        read_prior([tmp_path / "first"], grouped, "hospital")
 
 
 def test_a_prior_that_is_missing_or_of_another_unit_is_refused(first, tmp_path):

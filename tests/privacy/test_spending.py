@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,7 +36,7 @@ def test_an_attempt_counts_all_planned_steps_from_its_beginning_and_only_once():
     for _ in range(3):
         spending.record_spending(IMAGES, "run", 1, "mnist-eps1", mechanism())
     (entry,) = entries()
-    assert (entry.run, entry.attempt, entry.folder, entry.steps) == ("run", 1, "mnist-eps1", 100)
+    assert (entry.name, entry.attempt, entry.folder, entry.steps) == ("run", 1, "mnist-eps1", 100)
     assert entry.mechanism == mechanism() and entries(OTHERS) == ()
 
 
@@ -57,20 +59,48 @@ def test_relations_are_priced_apart_since_they_have_no_price_together():
 
 def test_an_attempt_that_was_given_up_counts_the_steps_it_began_and_never_more_than_planned():
     spending.record_spending(IMAGES, "run", 1, "run", mechanism())
-    spending.record_given_up(IMAGES, "run", 1, 7)
-    spending.record_spending(IMAGES, "run", 2, "run", mechanism())
+    spending.record_given_up(IMAGES, "run", 7)
+    spending.record_spending(IMAGES, "second", 2, "run", mechanism())
     assert [entry.steps for entry in entries()] == [7, 100]
-    spending.record_given_up(IMAGES, "run", 2, 1000)
+    spending.record_given_up(IMAGES, "second", 1000)
     assert [entry.steps for entry in entries()] == [7, 100]
-    spending.record_given_up(IMAGES, "never recorded", 1, 3)
+    spending.record_given_up(IMAGES, "never recorded", 3)
+    spending.record_published(IMAGES, "never recorded")
     assert len(entries()) == 2
+
+
+@pytest.mark.parametrize("published_first", [True, False])
+def test_what_was_published_counts_whole_whatever_a_copy_of_its_folder_gives_up(published_first):
+    spending.record_spending(IMAGES, "run", 1, "run", mechanism())
+    calls = [lambda: spending.record_published(IMAGES, "run"), lambda: spending.record_given_up(IMAGES, "run", 3)]
+    for call in calls if published_first else reversed(calls):
+        call()
+    assert [entry.steps for entry in entries()] == [100]
+
+
+def test_groups_by_different_columns_are_priced_apart():
+    spending.record_spending(IMAGES, "a", 1, "a", mechanism(max_examples_per_group=2), "patient")
+    spending.record_spending(IMAGES, "b", 1, "b", mechanism(max_examples_per_group=2), "hospital")
+    assert [price.group_column for price in spending.spent(entries(), 1e-5)] == ["hospital", "patient"]
+
+
+def test_processes_that_begin_at_once_find_one_name_for_the_data_set_and_lose_no_entry(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, 'tests/privacy'); from test_spending import *; "
+        "spending.record_spending(IMAGES, sys.argv[1], 1, 'run', mechanism()); print(spending.data_set_id(IMAGES))"
+    )
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", code]
+    started = [subprocess.Popen([*command, str(i)], cwd=root, stdout=subprocess.PIPE, text=True) for i in range(4)]
+    assert len({process.communicate()[0] for process in started}) == 1
+    assert sorted(entry.name for entry in entries()) == ["0", "1", "2", "3"]
 
 
 def test_the_folder_is_closed_to_others_and_tells_nothing_of_the_images(state_home):
     spending.record_spending(IMAGES, "run", 1, "run", mechanism())
     assert stat.S_IMODE(state_home.stat().st_mode) == 0o700
     files = [path for path in state_home.rglob("*") if path.is_file()]
-    assert len(files) == 2 and all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in files)
+    assert len(files) == 3 and all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in files)
     for path in files:
         assert IMAGES.hex() not in path.name and IMAGES not in path.read_bytes()
         assert IMAGES.hex().encode() not in path.read_bytes()

@@ -1,12 +1,21 @@
 import hashlib
 import os
+import signal
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from dp_peft_diffusion.errors import PrivacyError
-from dp_peft_diffusion.privacy.untrusted import parse_json, read_json, safetensors_header, sha256_of
+from dp_peft_diffusion.privacy.untrusted import (
+    MAX_DEPTH,
+    MAX_ENTRIES,
+    file_names,
+    parse_json,
+    read_json,
+    safetensors_header,
+    sha256_of,
+)
 from tests.privacy.folders import safetensors_bytes, two_tensors
 
 
@@ -144,3 +153,44 @@ def test_a_disk_that_fails_is_an_error_with_the_name_of_the_file(tmp_path, monke
     for read in (sha256_of, safetensors_header, read_json):
         with pytest.raises(PrivacyError, match=r"weights.safetensors cannot be read: Input/output error"):
             read(path)
+
+
+@pytest.mark.parametrize("read", [sha256_of, read_json, safetensors_header])
+@pytest.mark.parametrize("bottomless", ["status", "pagemap"])
+def test_a_link_to_a_file_that_says_it_is_empty_and_never_ends_is_refused(tmp_path, read, bottomless):
+    if not os.path.exists(f"/proc/self/{bottomless}"):
+        pytest.skip("needs /proc")
+    (tmp_path / "README.md").symlink_to(f"/proc/self/{bottomless}")
+    signal.alarm(20)  # so that a regression ends the tests instead of keeping them for ever
+    with pytest.raises(PrivacyError):
+        read(tmp_path / "README.md")
+    signal.alarm(0)
+
+
+def test_the_files_of_a_folder_are_listed_with_links_to_files_and_not_with_folders(tmp_path):
+    (tmp_path / "unet" / "empty").mkdir(parents=True)
+    (tmp_path / "unet" / "config.json").symlink_to(tmp_path / "blob")
+    (tmp_path / "blob").write_text("{}")
+    assert file_names(tmp_path) == ["blob", "unet/config.json"]
+    with pytest.raises(PrivacyError, match="cannot be read"):
+        file_names(tmp_path / "nowhere")
+
+
+def test_a_folder_too_deep_too_full_or_with_a_link_to_a_folder_is_refused(tmp_path):
+    deep, full, linked = (tmp_path / name for name in ("deep", "full", "linked"))
+    (deep / "/".join("a" * (MAX_DEPTH + 1))).mkdir(parents=True)
+    assert file_names(deep) == []
+    (deep / "/".join("a" * (MAX_DEPTH + 2))).mkdir()
+    with pytest.raises(PrivacyError, match=f"deeper than {MAX_DEPTH}"):
+        file_names(deep)
+    full.mkdir()
+    for number in range(MAX_ENTRIES + 1):
+        (full / str(number)).touch()
+    with pytest.raises(PrivacyError, match="more than 10,000 entries"):
+        file_names(full)
+    (full / "0").unlink()
+    assert len(file_names(full)) == MAX_ENTRIES
+    linked.mkdir()
+    (linked / "unet").symlink_to(full)
+    with pytest.raises(PrivacyError, match="link to a folder"):
+        file_names(linked)

@@ -41,17 +41,24 @@ def _logged(function, arguments, log):
             os._exit(FAILED)
 
 
-def train_until_killed(recipe, folder, seconds):
-    """Train, and be killed by signal 9 after `seconds`."""
+def train_until_killed(recipe, folder, lines, seconds):
+    """Train, and be killed by signal 9, `seconds` after the ledger has got so many new lines."""
     from dp_peft_diffusion.training import train
 
-    threading.Thread(target=_kill_after, args=(seconds,), daemon=True).start()
+    ledger = folder.with_name(f"{folder.name}.private") / "ledger.jsonl"
+    threading.Thread(target=_kill, args=(ledger, _count(ledger) + lines, seconds), daemon=True).start()
     train(recipe, folder, key=KEY)
 
 
-def _kill_after(seconds):
+def _kill(ledger, lines, seconds):
+    while _count(ledger) < lines:
+        time.sleep(0.001)
     time.sleep(seconds)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _count(path: Path) -> int:
+    return len(path.read_bytes().splitlines()) if path.is_file() else 0
 
 
 def train_with_small_files(recipe, folder, limit):
@@ -81,5 +88,5 @@ def command_line(*arguments):
 
 def wait_for_lines(path: Path, count: int, process) -> None:
     """Until a file has so many lines, or the process has ended."""
-    while process.is_alive() and (not path.is_file() or len(path.read_bytes().splitlines()) < count):
+    while process.is_alive() and _count(path) < count:
         time.sleep(0.002)

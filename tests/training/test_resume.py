@@ -8,13 +8,15 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import KEY, changed, tiny_recipe
 
-from dp_peft_diffusion import attempt, preparation, training
+from dp_peft_diffusion import attempt, training
 from dp_peft_diffusion.cli.certificates import delete_left_over_key
 from dp_peft_diffusion.errors import RunError, UserError
 from dp_peft_diffusion.privacy import spending
 from dp_peft_diffusion.privacy.certificate import verify
 from dp_peft_diffusion.privacy.ledger import steps_begun
-from dp_peft_diffusion.runs.attempts import load_attempts
+from dp_peft_diffusion.runs import context
+from dp_peft_diffusion.runs import folder as folder_module
+from dp_peft_diffusion.runs.attempts import Attempts, charged, load_attempts
 from dp_peft_diffusion.runs.folder import RunFolder
 from dp_peft_diffusion.training import FinishedRun, prepare, run, train
 
@@ -65,6 +67,7 @@ def interrupt(monkeypatch, recipe, folder, module=training, name="add_noise", ca
 
 
 POINTS = [
+    (RunFolder, "write_recipes", 1, False),
     (attempt, "write_problems", 1, True),
     (attempt, "note_spending", 1, False),
     (training, "example_ids", 1, False),
@@ -158,12 +161,62 @@ def test_images_that_changed_in_place_are_refused(recipe, tmp_path, monkeypatch)
         prepare(recipe, tmp_path / "run")
 
 
-@pytest.mark.parametrize("what", ["threads", "torch", "code"])
+MACHINES = {
+    "threads": (context.torch, "get_num_threads", lambda: 77),
+    "torch": (context.importlib.metadata, "version", lambda name: f"another {name}"),
+    "code": (context, "code_digest", lambda: "0" * 64),
+    "device": (context.platform, "machine", lambda: "another"),
+    "settings": (context.torch, "get_float32_matmul_precision", lambda: "medium"),
+}
+
+
+@pytest.mark.parametrize("what", MACHINES)
 def test_another_machine_is_refused_by_name(recipe, tmp_path, monkeypatch, what):
     interrupt(monkeypatch, recipe, tmp_path / "run")
-    original = preparation.context_of
-    monkeypatch.setattr(preparation, "context_of", lambda *a: original(*a) | {what: "another"})
-    with pytest.raises(UserError, match=f"{what} changed|{what}: .* before, another now"):
+    monkeypatch.setattr(*MACHINES[what])
+    with pytest.raises(UserError, match=f"{what} changed|{what}: .* before, .* now"):
+        prepare(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", context.VARIABLES)
+def test_a_variable_that_chooses_other_kernels_is_another_machine(recipe, tmp_path, monkeypatch, name):
+    before = context.settings()
+    monkeypatch.setenv(name, "another")
+    assert context.settings() != before
+
+
+def test_the_digest_of_the_code_changes_with_any_byte_of_any_file(tmp_path, monkeypatch):
+    package = tmp_path / "package"
+    (package / "runs").mkdir(parents=True)
+    (package / "runs" / "context.py").write_text("a = 1")
+    (package / "noise.py").write_text("b = 2")
+    monkeypatch.setattr(context, "__file__", str(package / "runs" / "context.py"))
+    digests = [context.code_digest()]
+    for path in (package / "noise.py", package / "runs" / "context.py"):
+        path.write_text(path.read_text() + " ")
+        digests.append(context.code_digest())
+    (package / "noise.py").rename(package / "other.py")
+    assert len({*digests, context.code_digest()}) == 4
+
+
+@pytest.mark.parametrize(
+    ("file", "setting"),
+    [
+        ("scheduler/scheduler_config.json", {"beta_end": 0.03}),
+        ("unet/config.json", {"norm_eps": 1e-3}),
+        ("dp_peft_base.json", {"class_code_rank": 3}),
+    ],
+)
+def test_a_base_with_other_settings_is_another_base_though_its_weights_are_the_same(
+    recipe, tmp_path, monkeypatch, file, setting
+):
+    base = tmp_path / "base"
+    shutil.copytree(recipe.model.pretrained_model_name_or_path, base)
+    recipe = changed(recipe, "model", pretrained_model_name_or_path=str(base))
+    interrupt(monkeypatch, recipe, tmp_path / "run")
+    path = base / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
+    with pytest.raises(UserError, match="the base changed"):
         prepare(recipe, tmp_path / "run")
 
 
@@ -202,8 +255,11 @@ def test_a_new_attempt_charges_every_step_begun_and_the_certificate_says_so(reci
     ten = changed(recipe, "train", max_train_steps=10)
     assert prepared.promise.priced == pytest.approx(prepare(ten, tmp_path / "ten").promise.priced, rel=1e-3)
     assert steps_begun(result.private_folder / "ledger.jsonl") == {1: 4, 2: 6}
+    names = [one.name for one in load_attempts(prepared.run.attempts).attempts]
     entries = spending.spendings(spending.data_set_id(prepared.images.source_digest))
-    assert [entry.steps for entry in entries if entry.run == load_attempts(prepared.run.attempts).run] == [4, 6]
+    assert {entry.name: entry.steps for entry in entries if entry.name in names} == dict(
+        zip(names, [4, 6], strict=True)
+    )
     assert not verify(result.folder).ok  # the key was given
 
 
@@ -235,7 +291,7 @@ def spoil(path, how, spare):
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "removed", "swapped"])
-@pytest.mark.parametrize("file", ["state.json", "state-2.safetensors"])
+@pytest.mark.parametrize("file", ["state.json", "state-1-2.safetensors"])
 def test_a_spoiled_state_is_refused_by_name_and_a_replay_from_the_start_ends_the_same(
     recipe, whole, tmp_path, monkeypatch, how, file
 ):
@@ -258,9 +314,12 @@ def test_a_ledger_put_back_to_an_older_one_is_refused(recipe, tmp_path, monkeypa
     ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:1]))
     with pytest.raises(RunError, match="holds 4 steps.*lists only 1"):
         train(recipe, tmp_path / "run")
+    with pytest.raises(RunError, match="holds 4 steps.*lists only 1"):
+        prepare(recipe, tmp_path / "run", new_attempt=True)  # it would charge one step
     ledger.unlink()
-    with pytest.raises(RunError, match="holds 4 steps.*lists only 0"):
-        train(recipe, tmp_path / "run")
+    for new_attempt in (False, True):
+        with pytest.raises(RunError, match="removed or put back"):
+            prepare(recipe, tmp_path / "run", new_attempt)
 
 
 def test_attempts_put_back_to_older_ones_are_refused(recipe, tmp_path, monkeypatch):
@@ -282,11 +341,104 @@ def test_attempts_put_back_to_older_ones_are_refused(recipe, tmp_path, monkeypat
         prepare(recipe, tmp_path / "run")
 
 
-def test_a_run_without_its_key_says_what_to_count(recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize("spoiled", [None, b"", bytes(15), bytes(16)])
+def test_a_run_without_its_own_key_says_what_to_count(recipe, tmp_path, monkeypatch, spoiled):
     interrupt(monkeypatch, recipe, tmp_path / "run")
-    (tmp_path / "run.private" / "key").unlink()
+    key = tmp_path / "run.private" / "key"
+    key.unlink() if spoiled is None else key.write_bytes(spoiled)
     with pytest.raises(RunError, match="count all planned steps"):
         train(recipe, tmp_path / "run")
+
+
+def test_steps_begun_since_a_new_attempt_was_prepared_are_not_forgotten(recipe, tmp_path, monkeypatch):
+    interrupt(monkeypatch, recipe, tmp_path / "run", call=2)
+    prepared = prepare(recipe, tmp_path / "run", new_attempt=True)
+    interrupt(monkeypatch, recipe, tmp_path / "run", call=4)
+    with pytest.raises(RunError, match="another process has been"):
+        run(prepared)
+
+
+def test_another_unit_between_attempts_is_refused(recipe, tmp_path, monkeypatch):
+    interrupt(monkeypatch, recipe, tmp_path / "run")
+    record = load_attempts(tmp_path / "run.private" / "attempts.json")
+    begun = steps_begun(tmp_path / "run.private" / "ledger.jsonl")
+    with pytest.raises(UserError, match="do not add up.*--group_column"):
+        charged(record, 1, begun, "hospital", tmp_path)
+
+
+def test_a_private_attempt_after_one_without_privacy_is_refused(recipe, tmp_path, monkeypatch):
+    public = changed(changed(recipe, "privacy", noise_multiplier=None, no_privacy=True), "data", declared_public=True)
+    interrupt(monkeypatch, public, tmp_path / "run", name="apply_update")
+    with pytest.raises(UserError, match="trained without privacy"):
+        prepare(recipe, tmp_path / "run", new_attempt=True)
+
+
+def test_a_run_stopped_while_a_new_attempt_is_written_down_goes_on_as_the_old_or_the_new_one(
+    recipe, whole, tmp_path, monkeypatch
+):
+    interrupt(monkeypatch, recipe, tmp_path / "run")
+    other = changed(recipe, "train", learning_rate=0.2)
+    stop_at(monkeypatch, Attempts, "save", 1)
+    with pytest.raises(Stopped):
+        run(prepare(other, tmp_path / "run", new_attempt=True), key=KEY)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="learning_rate"):
+        prepare(other, tmp_path / "run")
+    assert released(train(recipe, tmp_path / "run", key=KEY).folder) == released(whole)
+    interrupt(monkeypatch, recipe, tmp_path / "later")
+    stop_at(monkeypatch, Attempts, "save", 1, after=True)
+    with pytest.raises(Stopped):
+        run(prepare(other, tmp_path / "later", new_attempt=True), key=KEY)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="learning_rate"):
+        prepare(recipe, tmp_path / "later")
+    assert len(train(other, tmp_path / "later", key=KEY).certificate["other_releases"]) == 1
+
+
+def test_bookkeeping_may_change_when_a_run_goes_on(recipe, whole, tmp_path, monkeypatch):
+    interrupt(monkeypatch, recipe, tmp_path / "run")
+    unrecorded = changed(changed(recipe, "privacy", record_spending=False), "train", checkpointing_steps=1)
+    resumed = train(unrecorded, tmp_path / "run", key=KEY)
+    weights = "adapter_model.safetensors"
+    assert (resumed.folder / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_private_files_never_land_where_something_is_shared_or_belongs_to_others(recipe, whole, tmp_path):
+    (tmp_path / "mine.private").mkdir()
+    (tmp_path / "mine.private" / "statement.csv").write_text("mine")
+    (tmp_path / "linked.private").symlink_to(tmp_path / "mine.private")
+    for place in ("mine", "linked", "x.private", "y" * 300):
+        with pytest.raises(UserError):
+            prepare(recipe, tmp_path / place)
+    with pytest.raises(UserError, match="to be shared"):
+        prepare(recipe, whole / "second")
+    assert (tmp_path / "mine.private" / "statement.csv").read_text() == "mine"
+
+
+def test_a_folder_that_appears_at_the_place_is_noticed_before_training_goes_on(recipe, tmp_path, monkeypatch):
+    interrupt(monkeypatch, recipe, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        prepare(recipe, tmp_path / "run")
+
+
+def test_a_run_without_privacy_stopped_while_it_closes_is_finished(recipe, tmp_path, monkeypatch):
+    public = changed(changed(recipe, "privacy", noise_multiplier=None, no_privacy=True), "data", declared_public=True)
+    stop_at(monkeypatch, folder_module, "fsync", 1)
+    with pytest.raises(Stopped):
+        train(public, tmp_path / "run")
+    monkeypatch.undo()
+    with pytest.raises(FinishedRun):
+        prepare(public, tmp_path / "run")
+
+
+def test_a_run_that_lost_its_staged_files_is_not_taken_for_published(recipe, whole, tmp_path, monkeypatch):
+    interrupt(monkeypatch, recipe, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run.private" / "shareable")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run.private" / "state.json").unlink()
+    assert released(train(recipe, tmp_path / "run", key=KEY).folder) == released(whole)
 
 
 def test_two_processes_cannot_be_at_one_run(recipe, tmp_path, monkeypatch):

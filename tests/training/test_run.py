@@ -182,7 +182,8 @@ def test_noise_has_its_standard_deviation_on_every_tensor_and_class_row(recipe, 
     recipe = changed(recipe, "train", max_train_steps=200, train_batch_size=2)
     recipe = changed(recipe, "privacy", epsilon=None, noise_multiplier=2.0, max_grad_norm=3.0, gamma=0.1)
     prepared = prepare(recipe, tmp_path / "run")
-    attempt.begin(prepared, KEY, None)
+    with prepared.run.locked():
+        attempt.begin(prepared, KEY, None)
     seen: list[dict[str, torch.Tensor]] = []
     monkeypatch.setattr(training, "apply_update", lambda o, p, noisy, b: seen.append(noisy))
     train_steps(prepared, KEY)
