@@ -15,7 +15,7 @@ from dp_peft_diffusion.privacy.ranges import round_up
 from dp_peft_diffusion.privacy.untrusted import file_names, safetensors_header, sha256_of
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npz", ".npy", ".h5", ".onnx")
-WEIGHT_SUFFIXES += (".gguf", ".msgpack", ".tar", ".zip", ".gz", ".py", ".index.json")  # code, and what both hide in
+OTHER_SUFFIXES = (".gguf", ".msgpack", ".index.json", ".tar", ".zip", ".gz", ".py")  # more weights, archives, code
 # Recorded figures over recomputed ones: at least, by floating point alone and by versions of the accountant; at most.
 SAME_VERSION, OTHER_VERSION, LONG = 1 - 1e-9, 1 - 1e-3, 1 + 2e-2
 
@@ -26,9 +26,8 @@ def _check_files(folder: Path, document: dict[str, Any]) -> str:
         if sha256_of(folder / name) != digest:
             raise PrivacyError(f"{name} is not the file that was certified: its SHA-256 differs.")
     for name in file_names(folder):
-        if (
-            name.lower().endswith(WEIGHT_SUFFIXES) or name in (*ADAPTER_FILES, *MODEL_FILES, *ALSO_HASHED)
-        ) and name not in recorded:
+        weights = name.lower().endswith(WEIGHT_SUFFIXES + OTHER_SUFFIXES)
+        if (weights or name in (*ADAPTER_FILES, *MODEL_FILES, *ALSO_HASHED)) and name not in recorded:
             raise PrivacyError(f"{name[:80]!r} lies in the folder, but was not certified. Remove it.")
     return f"{', '.join(recorded)}: as certified. Other files are not hashed."
 
