@@ -114,7 +114,7 @@ def prepare(
     num_classes = len(recipe.data.class_names or ()) if recipe.adapter.class_rows else 0
     adapter = inject_adapter(base, recipe.adapter, num_classes, recipe.train.seed)
     recipe, clipper, more_notes, gamma_source = choose(recipe, base, adapter, gamma_given)
-    check_export(base, adapter)
+    check_export(recipe, base, adapter, promise, gamma_source)
     if not recipe.train.skip_self_check:
         check_clipper(recipe, base, clipper)
     context = context_of(

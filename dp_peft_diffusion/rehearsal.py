@@ -18,8 +18,10 @@ from dp_peft_diffusion.errors import PrivacyError, RunError, UserError
 from dp_peft_diffusion.gradients.clipper import PerSampleClipper
 from dp_peft_diffusion.gradients.self_check import check_gradients
 from dp_peft_diffusion.privacy.adapter_files import check_adapter
-from dp_peft_diffusion.recipe import Recipe
-from dp_peft_diffusion.sharing.export import write_weights
+from dp_peft_diffusion.privacy.certificate_form import check_form
+from dp_peft_diffusion.privacy.promise import Promise
+from dp_peft_diffusion.recipe import Recipe, to_yaml
+from dp_peft_diffusion.sharing.export import certify, shareable_recipe, write_weights
 
 MEASURED_SECONDS = 1.0
 GAMMA_IMAGES = 64
@@ -114,20 +116,26 @@ def check_clipper(recipe: Recipe, base: BaseModel, clipper: PerSampleClipper) ->
         check_gradients(clipper, make_loss(base, "bf16"), batch, torch.bfloat16)
 
 
-def check_export(base: BaseModel, adapter: Adapter) -> None:
-    """Write the untrained weights to a temporary folder, as the trained ones will be, and check them as a reader does.
+def check_export(
+    recipe: Recipe, base: BaseModel, adapter: Adapter, promise: Promise | None, gamma_source: str | None
+) -> None:
+    """Write and certify the untrained weights in a temporary folder, as the trained ones will be, and check both.
 
     Raises:
         UserError: they could not be exported, which is better known before any privacy is spent.
     """
     with tempfile.TemporaryDirectory(prefix="dp-peft-rehearsal-") as scratch:
         try:
-            write_weights(base, adapter, Path(scratch))
-            check_adapter(Path(scratch))
+            folder, recipe = Path(scratch), shareable_recipe(recipe)
+            write_weights(base, adapter, folder)
+            check_adapter(folder)
+            if promise is not None:
+                (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+                check_form(certify(folder, recipe, base, promise, gamma_source, "os", "deleted"))
         except (PrivacyError, RunError) as error:
             raise UserError(
-                f"what this run would train cannot be exported: {error} Choose a smaller --rank, fewer "
-                "--target_modules, or another --adapter."
+                f"what this run would train cannot be exported: {error} If it is too large, choose a smaller --rank, "
+                "fewer --target_modules, or another --adapter."
             ) from error
 
 

@@ -49,29 +49,44 @@ def export(
     if promise is None:
         (folder / "README.md").write_text(NOT_PRIVATE)
         return None
-    facts = certificate.certificate(
+    facts = certify(folder, recipe, base, promise, gamma_source, key_source, key_after_export)
+    grids = sorted((path.name for path in (folder / "samples").glob("step-*.png")), key=lambda name: (len(name), name))
+    card = render_card(facts, recipe, base.subfolder, base.layout.pixel_packing, grids[-1])
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return certificate.write(folder, facts)
+
+
+def certify(
+    folder: Path,
+    recipe: Recipe,
+    base: BaseModel,
+    promise: Promise,
+    gamma_source: str | None,
+    key_source: str,
+    key_after_export: str,
+) -> dict:
+    """The certificate of the weights and the shareable recipe that lie in `folder`; arguments as of `export`."""
+    public_inputs = {
+        "resolution": base.resolution,
+        "image_channels": base.image_channels,
+        "class_names": recipe.data.class_names and list(recipe.data.class_names),
+        "gamma_source": gamma_source,
+        "grid_labels": "every class in turn",
+    }
+    if recipe.data.group_column is not None:
+        public_inputs["group_column"] = recipe.data.group_column
+    return certificate.certificate(
         promise,
         clipping=recipe.privacy.clipping,
         gamma=recipe.privacy.gamma,
         noise_multiplicity=recipe.train.noise_multiplicity,
-        public_inputs={
-            "resolution": base.resolution,
-            "image_channels": base.image_channels,
-            "class_names": recipe.data.class_names and list(recipe.data.class_names),
-            "gamma_source": gamma_source,
-            "grid_labels": "every class in turn",
-            **({} if recipe.data.group_column is None else {"group_column": recipe.data.group_column}),
-        },
+        public_inputs=public_inputs,
         base={"name": public_base_name(base.name), "revision": base.revision, "sha256": base.sha256},
         folder=folder,
         key_source=key_source,
         key_after_export=key_after_export,
         gradient_check="skipped" if recipe.train.skip_self_check else "passed",  # else `prepare` had refused
     )
-    grids = sorted((path.name for path in (folder / "samples").glob("step-*.png")), key=lambda name: (len(name), name))
-    card = render_card(facts, recipe, base.subfolder, base.layout.pixel_packing, grids[-1])
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    return certificate.write(folder, facts)
 
 
 def public_base_name(name: str) -> str:

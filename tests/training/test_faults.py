@@ -53,7 +53,7 @@ def finish(recipe, folder, whole):
 
 
 def kill_and_finish(recipe, folder, whole, seeds):
-    """Each run is killed twice, some time after a line of its ledger; most of these kills must hit a step or the end."""
+    """Each run is killed twice, some time after a line of its ledger; enough of these kills must hit a step."""
     hits = 0
     for seed in seeds:
         rng, run, log = np.random.default_rng(seed), folder / str(seed), folder / f"{seed}.log"

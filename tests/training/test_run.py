@@ -250,6 +250,14 @@ def test_the_written_recipe_is_complete_and_runs_again(recipe, tmp_path):
     assert verify(again.folder).ok
 
 
+def test_what_no_certificate_can_hold_is_refused_before_anything_is_spent(recipe, images, tmp_path):
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "images" / "left").rename(tmp_path / "images" / ("l" * 250))
+    with pytest.raises(UserError, match="cannot be exported.*class_names"):
+        train(changed(recipe, "data", dataset_name=str(tmp_path / "images")), tmp_path / "run")
+    assert not (tmp_path / "run.private").exists()
+
+
 def test_more_than_one_process_is_refused_naming_the_limit(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation.Accelerator, "num_processes", property(lambda self: 2))
     with pytest.raises(UserError, match="2 processes"):
