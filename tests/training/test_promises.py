@@ -47,6 +47,7 @@ def patients(recipe, tmp_path_factory):
 
 def test_a_promise_for_patients_takes_more_noise_than_one_for_images(recipe, patients, tmp_path):
     wanted = changed(patients, "privacy", noise_multiplier=None, epsilon=8.0)
+    wanted = changed(wanted, "train", train_batch_size=12)  # a plain Gaussian, which is priced at once
     single = changed(wanted, "data", group_column=None, max_examples_per_group=None)
     noise = prepare(single, tmp_path / "single").mechanism.noise_multiplier
     prepared = prepare(wanted, tmp_path / "run")
@@ -106,9 +107,9 @@ def test_replace_one_costs_what_the_zero_out_promise_says_it_costs(recipe, tmp_p
 def test_a_truncated_batch_never_holds_more_images_than_its_cap(recipe, tmp_path, monkeypatch):
     sizes, original = [], training.micro_batches
     monkeypatch.setattr(training, "micro_batches", lambda ids, size: sizes.append(len(ids)) or original(ids, size))
-    wanted = changed(changed(recipe, "privacy", truncated_batch_size=6), "train", max_train_steps=20)
+    wanted = changed(changed(recipe, "privacy", truncated_batch_size=6), "train", max_train_steps=12)
     result = train(wanted, tmp_path / "run")
-    assert len(sizes) == 20 and max(sizes) == 6
+    assert len(sizes) == 12 and max(sizes) == 6
     assert result.certificate["mechanism"]["truncated_batch_size"] == 6 and verify(result.folder).ok
     assert "cut at 6" in plan_text(prepare(wanted, tmp_path / "plan"))
 

@@ -223,6 +223,8 @@ def test_a_base_with_other_settings_is_another_base_though_its_weights_are_the_s
 def test_the_same_noise_is_never_drawn_under_another_context(recipe, tmp_path, monkeypatch):
     """With the same run key, a new attempt and a changed recipe each draw other noise in every step."""
 
+    recipe = changed(recipe, "train", train_batch_size=10)  # all of them: a plain Gaussian, which is priced at once
+
     def noise_of(folder, recipe, **arguments):
         with monkeypatch.context() as patch:
             sums = noisy_sums(patch)
@@ -244,6 +246,7 @@ def test_the_same_noise_is_never_drawn_under_another_context(recipe, tmp_path, m
 
 
 def test_a_new_attempt_charges_every_step_begun_and_the_certificate_says_so(recipe, tmp_path, monkeypatch):
+    recipe = changed(recipe, "train", train_batch_size=10)  # all of them: a plain Gaussian, which is priced at once
     interrupt(monkeypatch, recipe, tmp_path / "run", call=4)
     plain = prepare(recipe, tmp_path / "elsewhere")
     prepared = prepare(recipe, tmp_path / "run", new_attempt=True)

@@ -179,7 +179,7 @@ def test_noise_has_its_standard_deviation_on_every_tensor_and_class_row(recipe, 
     for index in range(8):
         (tmp_path / "blank" / "left" / f"{index}.png").write_bytes(b"")
     recipe = changed(recipe, "data", dataset_name=str(tmp_path / "blank"))
-    recipe = changed(recipe, "train", max_train_steps=200, train_batch_size=2)
+    recipe = changed(recipe, "train", max_train_steps=60, train_batch_size=2)
     recipe = changed(recipe, "privacy", epsilon=None, noise_multiplier=2.0, max_grad_norm=3.0, gamma=0.1)
     prepared = prepare(recipe, tmp_path / "run")
     with prepared.run.locked():
