@@ -279,7 +279,7 @@ def test_no_noise_is_enough_for_100000_full_batches_at_a_tiny_epsilon():
         calibrated(1.0, 100_000, 1e-3, 1e-12)
 
 
-@pytest.mark.parametrize("guess", [1e-9, 0.02, 400.0, 1e9])
+@pytest.mark.parametrize("guess", [1e-9, 0.3, 400.0, 1e9])
 def test_the_guess_changes_no_calibration(guess):
     found = smallest_noise_multiplier(
         lambda noise: accounting.gaussian_event(MNIST, noise, 200), 1.0, DELTA, "zero_out", guess
