@@ -174,3 +174,12 @@ def test_half_a_line_is_taken_back(state_home, monkeypatch):
     with pytest.raises(RunError, match="No space left"):
         spending.record_spending(IMAGES, "two", 1, "two", mechanism())
     assert path.read_bytes() == whole
+
+
+def test_a_key_of_the_ledgers_that_cannot_be_written_is_told(state_home, monkeypatch):
+    def full(path, content, mode):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(spending, "write_durably", full)
+    with pytest.raises(RunError, match="No space left.*--no_record_spending"):
+        spending.data_set_id(IMAGES)
