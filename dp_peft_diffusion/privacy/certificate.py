@@ -7,10 +7,10 @@ happened. The form is strict: exactly these keys, types and ranges, so that noth
 import dataclasses
 import importlib.metadata
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dp_peft_diffusion.durable import write_durably
 from dp_peft_diffusion.errors import PrivacyError, UserError
 from dp_peft_diffusion.privacy.certificate_form import (
     ADAPTER_FILES,
@@ -172,13 +172,7 @@ def write(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
     document = {**document, "sha256": _file_hashes(Path(folder))}
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     check_form(json.loads(text))
-    path = Path(folder) / FILE_NAME
-    partial = path.with_name(FILE_NAME + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_durably(Path(folder) / FILE_NAME, text.encode())
     return document
 
 
