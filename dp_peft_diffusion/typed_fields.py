@@ -82,7 +82,7 @@ def _check_value(value: Any, spec: "Field[Any]", at: str) -> None:
     meta = spec.metadata
     if value == "":
         raise UserError(f"{at} has an empty entry. Take it out.")
-    if "choices" in meta and value not in meta["choices"]:
+    if "choices" in meta and value is not None and value not in meta["choices"]:
         raise UserError(
             f"{at}: unknown {value!r}. {nearest(value, meta['choices'])}It is {' or '.join(meta['choices'])}."
         )

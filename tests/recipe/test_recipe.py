@@ -47,11 +47,13 @@ def refused(tmp_path, text, *words, overrides=EPSILON):
 
 
 def test_defaults_are_those_of_the_specification():
-    assert Model() == Model(pretrained_model_name_or_path="builtin:handwriting", revision=None)
+    assert Model() == Model(
+        pretrained_model_name_or_path="builtin:handwriting", revision=None, from_scratch=False, prediction_type=None
+    )
     assert Adapter() == Adapter(kind="lora", rank=4, target_modules=None)
     assert (Privacy().delta, Privacy().max_grad_norm, Privacy().clipping) == (1e-5, 1.0, "automatic")
     assert (Train().train_batch_size, Train().max_train_steps, Train().seed) == (256, 100, 0)
-    assert (Sample().every, Sample().num_images, Sample().scheduler) == (0, 80, "ddim")
+    assert (Sample().every, Sample().num_images, Sample().scheduler) == (0, 80, "utility")
 
 
 def test_every_field_has_help():
@@ -185,6 +187,19 @@ NAN, INF = math.nan, math.inf
         *[("train.ema_decay", value) for value in (-0.1, 1.0, NAN)],
         ("train.optimizer", "adamw"),
         ("train.mixed_precision", "fp16"),
+        ("model.prediction_type", "flow"),
+        ("data.augmentations", ("flip", "spin")),
+        ("data.augmentation_variants", 0),
+        ("train.momentum", 1.0),
+        ("train.bias_correction_floor", 0.0),
+        ("train.lr_scheduler", "polynomial"),
+        ("train.lr_warmup_steps", -1),
+        ("train.augmentation_multiplicity", 0),
+        ("train.timestep_distribution", "sigmoid"),
+        ("train.timestep_weights", (0.5, 0.0, 0.5)),
+        *[("train.p_std", value) for value in (0.0, NAN)],
+        *[("train.p_mean", value) for value in (NAN, INF)],
+        ("train.snr_gamma", 0.0),
         ("train.seed", -1),
         ("train.seed", 2**32),
         ("sample.every", -1),
@@ -385,3 +400,29 @@ def test_relations_groups_and_caps_without_a_price_together_are_refused(tmp_path
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(UserError, match=advice):
         load_recipe(tmp_path / "recipe.yaml", {"privacy.epsilon": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("model: {from_scratch: true}", "--adapter full"),
+        ("train: {momentum: 0.9}", "--optimizer sgd"),
+        ("train: {augmentation_multiplicity: 2}", "--augmentations flip,shift"),
+        ("train: {lr_warmup_steps: 100}", "--max_train_steps 100"),
+        ("data: {caption_column: text, class_names: [a]}", "Leave one of them out"),
+        ("data: {prompt_template: 'a {thing}'}", "{label}"),
+        ("data: {prompt_template: 'a {label} }'}", "{label}"),
+        ("train: {timestep_range: [5]}", "0,600"),
+        ("train: {timestep_range: [5, 5]}", "0,600"),
+        ("train: {timestep_edges: [0, 600]}", "--timestep_edges 0,30,600,1000"),
+        ("train: {timestep_edges: [0, 600, 30, 1000]}", "--timestep_edges 0,30,600,1000"),
+        ("train: {timestep_weights: [0.2, 0.2, 0.2]}", "add up to 1"),
+    ],
+)
+def test_options_of_training_that_contradict_each_other_are_refused(tmp_path, text, advice):
+    refused(tmp_path, text, advice)
+
+
+def test_a_template_with_and_without_a_label_is_accepted():
+    for template in ("a chest x-ray", "{label}, {label}"):
+        assert load_recipe(None, {**EPSILON, "data.prompt_template": template}).data.prompt_template == template

@@ -1,0 +1,223 @@
+"""Values of a recipe that are out of range, or do not go together."""
+
+from typing import TypeVar
+
+from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.recipe.pretraining import PretrainRecipe
+from dp_peft_diffusion.recipe.sections import MAX_SCALE, PROMISES, WITHOUT_TARGETS, Recipe, Train
+from dp_peft_diffusion.typed_fields import check_range, options
+
+AnyRecipe = TypeVar("AnyRecipe", Recipe, PretrainRecipe)
+
+
+def validate(recipe: AnyRecipe) -> AnyRecipe:
+    """Return `recipe` if every value is in its range and all go together.
+
+    Raises:
+        UserError: naming the option, its recipe key, what is allowed, and what to type.
+    """
+    if isinstance(recipe, Recipe):
+        _check_kind(recipe.adapter.kind)
+        _check_precision(recipe.train.mixed_precision)
+    for section, spec, value in options(recipe):
+        check_range(section, spec, value)
+    if isinstance(recipe, Recipe):
+        _check_together(recipe)
+    else:
+        _check_pretraining(recipe)
+    return recipe
+
+
+def _check_kind(kind: str) -> None:
+    """A kind that peft has and this tool cannot train deserves its reason."""
+    if kind == "loha":
+        raise UserError(
+            "--adapter loha (adapter.kind in a recipe): peft computes it in an autograd function of its own, which "
+            "neither vmap nor a layer rule can follow, so no per-example gradient of it is exact. "
+            "Use --adapter lokr, which is as small, or --adapter lora."
+        )
+
+
+def _check_precision(mixed_precision: str) -> None:
+    """A precision that other tools have deserves the reason why it is not here."""
+    if mixed_precision == "fp16":
+        raise UserError(
+            "--mixed_precision fp16 (train.mixed_precision in a recipe) needs a gradient scaler, whose scale would "
+            "depend on private gradients, and small gradients would become zero. Type --mixed_precision bf16."
+        )
+
+
+def _check_relation(recipe: Recipe) -> None:
+    """Relations, groups and caps that have no price together."""
+    privacy, grouped = recipe.privacy, recipe.data.group_column is not None
+    if grouped != (recipe.data.max_examples_per_group is not None):
+        raise UserError(
+            "--group_column and --max_examples_per_group (data in a recipe) go together: whose image it is, and how "
+            "many of one owner count. Type for example --group_column patient --max_examples_per_group 4."
+        )
+    if privacy.neighboring_relation == "add_or_remove_one":
+        if privacy.sampling_prob is None:
+            raise UserError(
+                "--neighboring_relation add_or_remove_one hides the number of images, so nothing may be computed from "
+                "it. Give --sampling_prob (privacy.sampling_prob in a recipe), for example --sampling_prob 0.01."
+            )
+    elif privacy.sampling_prob is not None:
+        raise UserError(
+            "--sampling_prob (privacy.sampling_prob in a recipe) belongs to --neighboring_relation add_or_remove_one; "
+            "elsewhere it is --train_batch_size / N. Leave it out."
+        )
+    if grouped and privacy.neighboring_relation == "replace_one":
+        raise UserError(
+            "--group_column with --neighboring_relation replace_one has no known price. "
+            "Take --neighboring_relation zero_out."
+        )
+    if privacy.truncated_batch_size is not None and grouped:
+        raise UserError("--truncated_batch_size with --group_column has no known price. Leave one of them out.")
+    if privacy.truncated_batch_size is not None and privacy.neighboring_relation == "add_or_remove_one":
+        raise UserError(
+            "--truncated_batch_size has a price only where the number of images is public. "
+            "Leave it out, or take --neighboring_relation zero_out."
+        )
+
+
+def _check_training(recipe: Recipe) -> None:
+    """Options of training that belong to others, or contradict them."""
+    model, data, train = recipe.model, recipe.data, recipe.train
+    if model.from_scratch and recipe.adapter.kind != "full":
+        raise UserError(
+            f"--from_scratch draws all weights anew, and --adapter {recipe.adapter.kind} would freeze them at random. "
+            "Type --adapter full."
+        )
+    if train.momentum and train.optimizer != "sgd":
+        raise UserError(f"--momentum belongs to --optimizer sgd, and {train.optimizer} is chosen. Leave one out.")
+    if train.augmentation_multiplicity > 1 and data.augmentations is None:
+        raise UserError(
+            "--augmentation_multiplicity averages over changed versions of an image, and no change is named. "
+            "Add for example --augmentations flip,shift."
+        )
+    if train.lr_warmup_steps >= train.max_train_steps and train.lr_warmup_steps:
+        raise UserError(
+            f"--lr_warmup_steps {train.lr_warmup_steps} is not below --max_train_steps {train.max_train_steps}. "
+            "Type fewer."
+        )
+    if data.caption_column is not None and data.class_names is not None:
+        raise UserError("--caption_column and --class_names: an image has a caption or a class. Leave one of them out.")
+    if "{" in data.prompt_template.replace("{label}", "") or "}" in data.prompt_template.replace("{label}", ""):
+        raise UserError(
+            f"--prompt_template {data.prompt_template!r}: only {{label}} is filled in. Type for example "
+            "'a photo of {label}'."
+        )
+    _check_timesteps(train)
+
+
+def _check_timesteps(train: Train) -> None:
+    """The range and the mixture from which timesteps are drawn."""
+    low_high, edges, weights = train.timestep_range, train.timestep_edges, train.timestep_weights
+    if low_high is not None and (len(low_high) != 2 or low_high[0] >= low_high[1]):
+        raise UserError("--timestep_range takes two numbers, the first below the second. Type for example 0,600.")
+    if len(edges) != len(weights) + 1 or list(edges) != sorted(set(edges)):
+        raise UserError(
+            f"--timestep_edges {','.join(map(str, edges))} must rise, with one number more than --timestep_weights "
+            f"{','.join(map(str, weights))}. Type for example --timestep_edges 0,30,600,1000 --timestep_weights "
+            "0.03,0.57,0.4."
+        )
+    if abs(sum(weights) - 1) > 1e-9:
+        raise UserError(f"--timestep_weights add up to {sum(weights):g}. They must add up to 1.")
+
+
+def _check_together(recipe: Recipe) -> None:
+    """What no single value shows."""
+    privacy, data = recipe.privacy, recipe.data
+    given = [name for name in PROMISES if getattr(privacy, name) not in (None, False)]
+    if not given:
+        raise UserError("no promise is given (privacy.epsilon in a recipe). Type for example --epsilon 1.")
+    if len(given) > 1:
+        raise UserError(
+            f"{' and '.join(f'--{name}' for name in given)} are given (privacy in a recipe); each sets the noise. "
+            f"Keep one, for example --{given[0]}."
+        )
+    if privacy.no_privacy and not data.declared_public:
+        raise UserError(
+            f"--no_privacy would train on {data.dataset_name} without protection. If nothing in these images needs "
+            "protection, say so with --declared_public; otherwise type for example --epsilon 1."
+        )
+    _check_relation(recipe)
+    _check_training(recipe)
+    if privacy.gamma is not None and privacy.clipping == "flat":
+        raise UserError("--gamma (privacy.gamma) belongs to --clipping automatic. Leave one of them out.")
+    if recipe.adapter.target_modules is not None and recipe.adapter.kind in WITHOUT_TARGETS:
+        raise UserError(
+            f"--target_modules has no meaning with --adapter {recipe.adapter.kind} (adapter.kind in a recipe), which "
+            "knows what it trains. Leave it out, or choose --adapter lora."
+        )
+    if recipe.adapter.kind == "oft" and recipe.adapter.rank < 2:
+        raise UserError("--rank 1 (adapter.rank in a recipe): a rotation of one number is none. Type --rank 4 for oft.")
+    if recipe.adapter.kind == "lokr" and (recipe.adapter.lora_alpha or 0) > MAX_SCALE * recipe.adapter.rank:
+        raise UserError(f"--lora_alpha above {MAX_SCALE} times --rank is more than lokr's file may say. Leave it out.")
+    lists = {"--class_names": data.class_names, "--class_rows": recipe.adapter.class_rows}
+    for name, items in (lists | {"--target_modules": recipe.adapter.target_modules}).items():
+        if items is not None and len(set(items)) < len(items):
+            raise UserError(f"{name} names something twice: {', '.join(map(str, items))}. Name each once.")
+
+
+# Options of pretraining that only some kinds have; elsewhere they would say something and do nothing.
+_ONLY_OF = {
+    "vae": ("latent",),
+    "latent_channels": ("autoencoder",),
+    "kl_weight": ("autoencoder",),
+    "invert": ("handwriting",),
+    "class_code_rank": ("handwriting",),
+    "pixel_packing": ("handwriting", "pixel"),
+    "center_crop": ("pixel", "autoencoder", "latent"),
+    "random_flip": ("pixel", "autoencoder", "latent"),
+}
+
+
+def _check_pretraining(recipe: PretrainRecipe) -> None:
+    """What no single value of a pretraining shows."""
+    for _, spec, value in options(recipe):
+        kinds = _ONLY_OF.get(spec.name, (recipe.kind,))
+        if recipe.kind not in kinds and value != spec.default:
+            raise UserError(
+                f"--{spec.name} ({spec.name} in a recipe) belongs to --kind {' or '.join(kinds)}, and --kind is "
+                f"{recipe.kind}. Leave it out."
+            )
+    if recipe.image_channels == 2:
+        raise UserError("--image_channels 2 (image_channels in a recipe): images are grey or colour. Type 1 or 3.")
+    if recipe.kind == "latent" and recipe.vae is None:
+        raise UserError(
+            "--kind latent needs the autoencoder whose latents the UNet learns: --vae PATH (vae in a recipe). "
+            "`dp-peft pretrain --kind autoencoder` makes one."
+        )
+    if recipe.kind == "handwriting" and (recipe.label_column is None or recipe.image_channels != 1):
+        raise UserError("--kind handwriting takes grey characters with labels. Type --image_channels 1, and a column.")
+    _check_sizes(recipe)
+
+
+def _check_sizes(recipe: PretrainRecipe) -> None:
+    """Sizes of the net that must divide each other."""
+    widths, attention = recipe.block_out_channels, recipe.attention_levels or ()
+    if any(level >= len(widths) for level in attention):
+        raise UserError(
+            f"--attention_levels {','.join(map(str, attention))} (attention_levels in a recipe): the net has the "
+            f"levels 0 to {len(widths) - 1}, one for each of --block_out_channels."
+        )
+    if any(width % recipe.norm_num_groups for width in widths):
+        raise UserError(
+            f"--norm_num_groups {recipe.norm_num_groups} (norm_num_groups in a recipe) does not divide each of "
+            f"--block_out_channels {','.join(map(str, widths))}. Change one of them."
+        )
+    with_heads = {widths[level] for level in attention} | {widths[-1]}  # the middle has attention, too
+    if recipe.kind != "autoencoder" and any(width % recipe.attention_head_dim for width in with_heads):
+        raise UserError(
+            f"--attention_head_dim {recipe.attention_head_dim} (attention_head_dim in a recipe) does not divide the "
+            f"widths that have attention: {','.join(map(str, sorted(with_heads)))}. Change one of them."
+        )
+    halvings = 2 ** (len(widths) - 1)
+    if recipe.kind != "latent" and recipe.resolution % (recipe.pixel_packing * halvings):
+        raise UserError(
+            f"--resolution {recipe.resolution} (resolution in a recipe) is not a multiple of "
+            f"{recipe.pixel_packing * halvings}: --pixel_packing {recipe.pixel_packing} divides it, and each level but "
+            "the first halves the rest. Type for example --resolution "
+            f"{recipe.pixel_packing * halvings * max(1, round(recipe.resolution / recipe.pixel_packing / halvings))}."
+        )
