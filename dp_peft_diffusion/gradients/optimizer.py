@@ -1,27 +1,102 @@
-"""Stock optimizers on a noisy mean, and the average of the weights they pass through."""
+"""Optimizers on a noisy mean, their step size over a run, and the average of the weights they pass through.
 
-from collections.abc import Iterator
+All of it is post-processing of noisy sums, and costs no privacy.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from dp_peft_diffusion.errors import PrivacyError, UserError
+from dp_peft_diffusion.recipe import Train
 
 Parameters = dict[str, nn.Parameter]
 
 
-def make_optimizer(name: str, parameters: Parameters, learning_rate: float) -> torch.optim.Optimizer:
-    """torch.optim's SGD (no momentum) or Adam, without weight decay.
+def make_optimizer(train: Train, parameters: Parameters, noise_stddev_of_mean: float) -> torch.optim.Optimizer:
+    """SGD with momentum, Adam, or Adam that knows of the noise; none has weight decay.
+
+    Args:
+        train: names the optimizer and its settings.
+        parameters: name -> trainable tensor.
+        noise_stddev_of_mean: standard deviation of the noise in each coordinate of the gradient that the optimizer
+            sees, noise_stddev / expected_batch_size; 0 without privacy.
 
     Raises:
         UserError: another name.
     """
-    if name == "sgd":
-        return torch.optim.SGD(parameters.values(), lr=learning_rate)
-    if name == "adam":
-        return torch.optim.Adam(parameters.values(), lr=learning_rate)
-    raise UserError(f'--optimizer {name!r} is unknown. Use "sgd" or "adam".')
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(parameters.values(), lr=train.learning_rate, momentum=train.momentum)
+    if train.optimizer == "adam":
+        return torch.optim.Adam(parameters.values(), lr=train.learning_rate)
+    if train.optimizer == "adam_bc":
+        noise_variance = noise_stddev_of_mean**2
+        return AdamBC(parameters.values(), train.learning_rate, noise_variance, train.bias_correction_floor)
+    raise UserError(f'--optimizer {train.optimizer!r} is unknown. Use "sgd", "adam" or "adam_bc".')
+
+
+class AdamBC(torch.optim.Optimizer):
+    """Adam without the part of the second moment that is known to be noise.
+
+    Noise of variance phi raises the mean of each squared gradient by phi, so the step is
+    m_hat / (sqrt(max(v_hat - phi, floor * phi)) + 1e-8): DP-AdamBC (Tang, Shpilevskiy and Lecuyer 2024, arXiv
+    2312.14334), with its least second moment given as a share of phi. With phi = 0 it is Adam.
+
+    Args:
+        parameters: trainable tensors.
+        lr: step size.
+        noise_variance: phi, of each coordinate of the gradient that the optimizer sees.
+        floor: least second moment, as a share of phi.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, noise_variance: float, floor: float) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8})
+        self.noise_variance = noise_variance
+        self.floor = floor
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every tensor. Its state has the names of torch's Adam: step, exp_avg, exp_avg_sq."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                state["step"] += 1
+                first, second = group["betas"]
+                state["exp_avg"].lerp_(parameter.grad, 1 - first)
+                state["exp_avg_sq"].lerp_(parameter.grad.square(), 1 - second)
+                m_hat = state["exp_avg"] / (1 - first ** state["step"].item())
+                v_hat = state["exp_avg_sq"] / (1 - second ** state["step"].item())
+                clean_v = (v_hat - self.noise_variance).clamp(min=self.floor * self.noise_variance)
+                parameter.sub_(group["lr"] * m_hat / (clean_v.sqrt() + group["eps"]))
+
+
+def learning_rate_at(train: Train, step: int) -> float:
+    """Step size of one update, `step` from 0: a linear rise, then constant, a line to 0, or half a cosine to 0.
+
+    The rise reaches train.learning_rate with update train.lr_warmup_steps; 0 is where update train.max_train_steps + 1
+    would be, so no update has step size 0.
+    """
+    warmup = train.lr_warmup_steps
+    if step < warmup:
+        return train.learning_rate * ((step + 1) / warmup)
+    done = (step - warmup) / (train.max_train_steps - warmup)  # in [0, 1)
+    if train.lr_scheduler == "linear":
+        return train.learning_rate * (1 - done)
+    if train.lr_scheduler == "cosine":
+        return train.learning_rate * (1 + math.cos(math.pi * done)) / 2
+    return train.learning_rate
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Step size of the updates to come."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
 
 
 def apply_update(

@@ -27,6 +27,7 @@ class Purpose(enum.StrEnum):
     TIMESTEP = "timestep"
     DIFFUSION_NOISE = "diffusion_noise"
     LABEL_DROPOUT = "label_dropout"
+    AUGMENTATION = "augmentation"
 
 
 def new_key() -> bytes:
