@@ -62,8 +62,14 @@ def inject_adapter(base: BaseModel, spec: recipe.Adapter, num_classes: int = 0, 
     num_classes: private classes; 0 trains no class rows.
 
     Raises:
-        UserError: a name in target_modules matches nothing, nothing would train, or no rows are free for the classes.
+        UserError: a name in target_modules matches nothing, nothing would train, no rows are free for the classes, or
+            the whole of a text-conditional base would train.
     """
+    if spec.kind == "full" and base.text is not None:
+        raise UserError(
+            "--adapter full on a text-conditional base is not exported by this version. Choose --adapter lora, or "
+            "attention."
+        )
     unet, class_rows = copy.deepcopy(base.unet), None
     rows = choose_class_rows(base, spec.class_rows, num_classes) if num_classes else ()
     if rows_alone(spec) and not rows:

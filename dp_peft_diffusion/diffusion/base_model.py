@@ -1,21 +1,34 @@
-"""Load a frozen base: a diffusers UNet, its noise schedule, and how images become its input."""
+"""Load a frozen base: a diffusers UNet, its noise schedule, and how images and prompts become its input."""
 
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, UNet2DModel
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from diffusers import UNet2DConditionModel, UNet2DModel
 
+from dp_peft_diffusion.diffusion.autoencoding import (
+    Autoencoder,
+    downsampling,
+    from_latents,
+    latent_channels,
+    load_autoencoder,
+    to_latents,
+)
+from dp_peft_diffusion.diffusion.base_folder import find_folder, read_settings
+from dp_peft_diffusion.diffusion.schedules import Schedule, read_schedule, with_prediction_type
+from dp_peft_diffusion.diffusion.text_encoding import TextEncoders, load_text_encoders
+from dp_peft_diffusion.diffusion.unets import load_unet, make_unet, unet_config
 from dp_peft_diffusion.errors import UserError
-from dp_peft_diffusion.privacy.model_files import BUILTIN_BASES
+from dp_peft_diffusion.privacy.model_files import BUILTIN_BASES, FROM_SCRATCH
 
+__all__ = ["BUILTIN_BASES", "BaseLayout", "BaseModel", "fingerprint", "load_base", "save_base"]
 LAYOUT_FILE = "dp_peft_base.json"
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+_PRIVATE_KEYS = ("_name_or_path", "_diffusers_version", "_class_name", "_use_default_values")  # say nothing of the net
 
 
 @dataclass(frozen=True)
@@ -36,113 +49,159 @@ class BaseLayout:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A frozen UNet in eval mode with its training noise schedule."""
+    """A frozen UNet in eval mode with its training noise schedule, and what turns images and prompts into its input.
 
-    unet: UNet2DModel
-    scheduler: DDPMScheduler
+    name: as the user gave it; of a net from scratch with `FROM_SCRATCH` before it.
+    sha256: the UNet's fingerprint. vae: of a latent base. text: of a text-conditional base.
+    """
+
+    unet: UNet2DModel | UNet2DConditionModel
+    scheduler: Schedule
     layout: BaseLayout
     name: str
     revision: str | None
     subfolder: str | None
     sha256: str
+    vae: Autoencoder | None = None
+    text: TextEncoders | None = None
 
     @property
     def resolution(self) -> int:
         """Side of the images in pixels."""
-        size = self.unet.config.sample_size
-        return self.layout.pixel_packing * (size if isinstance(size, int) else size[0])
+        factor = self.layout.pixel_packing if self.vae is None else downsampling(self.vae)
+        return factor * self.input_shape[-1]
 
     @property
     def image_channels(self) -> int:
         """1 for grey images, 3 for colour."""
+        if self.vae is not None:
+            return self.vae.config.in_channels
         return self.unet.config.in_channels // self.layout.pixel_packing**2
 
     @property
-    def num_class_embeds(self) -> int | None:
-        """Rows of the class table; None for an unconditional base."""
-        return self.unet.config.num_class_embeds
+    def input_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of what the network denoises."""
+        side = _side(self.unet.config.sample_size)
+        return (self.unet.config.in_channels, side, side)
 
     @property
+    def is_latent(self) -> bool:
+        """Whether the network denoises latents of an autoencoder."""
+        return self.vae is not None
+
+    @property
+    def num_class_embeds(self) -> int | None:
+        """Rows of the class table; None for a base without classes."""
+        return self.unet.config.num_class_embeds
+
+    @cached_property
     def digest(self) -> str:
-        """SHA-256 of all that the base puts into an update: weights, the net's and the schedule's settings, layout."""
-        settings = [dict(self.unet.config), dict(self.scheduler.config), asdict(self.layout)]
-        for config in settings:
-            for name in ("_name_or_path", "_diffusers_version", "_class_name", "_use_default_values"):
-                config.pop(name, None)
-        text = json.dumps([self.sha256, *settings], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """SHA-256 of all that the base puts into an update: weights and settings of every part, schedule, layout."""
+        facts: list[Any] = [self.sha256, _settings(self.unet), _settings(self.scheduler), asdict(self.layout)]
+        if self.vae is not None:
+            facts += [fingerprint(self.vae), _settings(self.vae)]
+        if self.text is not None:
+            facts += [*map(fingerprint, self.text.encoders), *self.text.settings]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def to(self, device: torch.device | str) -> "BaseModel":
+        """The same base, every part of it moved to a device."""
+        for part in (self.unet, self.vae, *(self.text.encoders if self.text else ())):
+            if part is not None:
+                part.to(device)
+        return self
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (b, c, side, side) in [-1, 1] -> the network's input."""
-        return F.pixel_unshuffle(images, self.layout.pixel_packing)
+        """Images (n, c, side, side) in [-1, 1] -> the network's input (n, *input_shape), on the base's device.
+
+        Packed pixels, or latents: each image alone, scaled by the config and never by data (`to_latents`).
+        """
+        if self.vae is None:
+            return F.pixel_unshuffle(images, self.layout.pixel_packing)
+        return to_latents(self.vae, images)
 
     def decode(self, samples: torch.Tensor) -> torch.Tensor:
-        """The inverse of `encode`."""
-        return F.pixel_shuffle(samples, self.layout.pixel_packing)
+        """The inverse of `encode`: network inputs (n, *input_shape) -> images (n, c, side, side)."""
+        if self.vae is None:
+            return F.pixel_shuffle(samples, self.layout.pixel_packing)
+        return from_latents(self.vae, samples)
+
+    def predict(
+        self, unet: torch.nn.Module, noisy: torch.Tensor, times: torch.Tensor, conditions: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The raw output (n, *input_shape) of `unet`, which is the base's own, an adapted or a merged one.
+
+        noisy: (n, *input_shape). times: what the network takes, (n,) or one number for all rows.
+        conditions: {"class_labels": (n,)}, or {"encoder_hidden_states": (n, T, D)} and of XL {"text_embeds": (n, P)};
+            empty for an unconditional base.
+        """
+        if "text_embeds" not in conditions:
+            return unet(noisy, times, **conditions).sample
+        side = self.resolution  # XL is told original size, crop and target size (Podell et al. 2023, section 2.2)
+        sizes = torch.tensor([side, side, 0, 0, side, side], dtype=noisy.dtype, device=noisy.device)
+        added = {"text_embeds": conditions["text_embeds"], "time_ids": sizes.expand(len(noisy), 6)}
+        return unet(noisy, times, conditions["encoder_hidden_states"], added_cond_kwargs=added).sample
 
 
-def load_base(name: str, revision: str | None = None) -> BaseModel:
-    """Load `builtin:NAME`, a local diffusers folder, or a Hub repository; freeze it; eval mode.
+def load_base(
+    name: str,
+    revision: str | None = None,
+    from_scratch: bool = False,
+    prediction_type: str | None = None,
+    seed: int = 0,
+) -> BaseModel:
+    """Load `builtin:NAME`, a diffusers folder, or a Hub repository; freeze it; eval mode.
 
-    Raises:
-        UserError: unknown name, or not a UNet2DModel with safetensors weights.
-    """
-    folder, subfolder = _locate(name, revision)
-    try:
-        unet = UNet2DModel.from_pretrained(folder, subfolder=subfolder, revision=revision, use_safetensors=True)
-        scheduler = _load_scheduler(folder, revision)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"--pretrained_model_name_or_path {name!r} could not be opened as a diffusers UNet2DModel: {error}"
-        ) from error
-    if missing := [key for key, value in unet.state_dict().items() if value.is_meta]:  # diffusers only warns of it
-        raise UserError(f"--pretrained_model_name_or_path {name!r} lacks weights: {', '.join(missing[:4])}.")
-    unet.requires_grad_(False).eval()
-    return BaseModel(unet, scheduler, _load_layout(folder, revision), name, revision, subfolder, fingerprint(unet))
-
-
-def _locate(name: str, revision: str | None) -> tuple[str, str | None]:
-    """Where the UNet lies: (folder or Hub id, subfolder)."""
-    if name.startswith("builtin:"):
-        folder = BUILTIN_BASES / name.removeprefix("builtin:")
-        if not folder.is_dir():
-            known = ", ".join(f"builtin:{path.name}" for path in sorted(BUILTIN_BASES.glob("*/")))
-            raise UserError(f"--pretrained_model_name_or_path {name!r} is not a built-in base. There is: {known}")
-        return str(folder), "unet"
-    path = Path(name)
-    if path.is_dir():
-        return name, "unet" if (path / "unet").is_dir() else None
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise UserError(f"--pretrained_model_name_or_path {name!r}: no such folder.")
-    try:
-        index = UNet2DModel.load_config(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--pretrained_model_name_or_path {name!r} is no local folder, and could not be read from the Hub: "
-            f"{error}. Check the name and the network, or give a folder, or builtin:handwriting."
-        ) from error
-    return name, "unet" if index.get("_class_name") != "UNet2DModel" else None
-
-
-def _load_scheduler(folder: str, revision: str | None) -> DDPMScheduler:
-    """The base's training schedule; alphas and prediction type are what matters of it."""
-    local = Path(folder)
-    subfolder = "scheduler" if not local.is_dir() or (local / "scheduler").is_dir() else None
-    return DDPMScheduler.from_pretrained(folder, subfolder=subfolder, revision=revision)
-
-
-def _load_layout(folder: str, revision: str | None) -> BaseLayout:
-    """The layout file beside the weights; most bases have none.
+    from_scratch: draw the UNet's weights from the public `seed` instead of loading them.
+    prediction_type: must be the base's own, unless from scratch.
 
     Raises:
-        UserError: it is not what `save_base` writes.
+        UserError: unknown name, or a base that this version cannot train; the message names what is missing.
     """
-    path = Path(folder) / LAYOUT_FILE
-    if not Path(folder).is_dir():
-        try:
-            path = Path(hf_hub_download(folder, LAYOUT_FILE, revision=revision))
-        except EntryNotFoundError:
-            return BaseLayout()
+    folder = find_folder(name, revision)
+    index = read_settings(folder / "model_index.json") or {}
+    subfolder = "unet" if (folder / "unet").is_dir() else None
+    config = unet_config(folder / (subfolder or ""), index, name)
+    vae = load_autoencoder(folder, name)
+    scheduler = read_schedule(folder, name, latent=vae is not None)
+    scheduler = with_prediction_type(scheduler, prediction_type, from_scratch)
+    conditional = config["_class_name"] == "UNet2DConditionModel"
+    text = load_text_encoders(folder, index, name) if conditional else None
+    unet = make_unet(config, seed) if from_scratch else load_unet(config, folder, name)
+    base = BaseModel(
+        unet=unet,
+        scheduler=scheduler,
+        layout=_load_layout(folder),
+        name=FROM_SCRATCH + name if from_scratch else name,
+        revision=revision,
+        subfolder=subfolder,
+        sha256=fingerprint(unet),
+        vae=vae,
+        text=text,
+    )
+    _check_parts(base)
+    return base
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """SHA-256 over the names, shapes, types and bytes of all weights, in order of name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_base(folder: Path, unet: UNet2DModel, scheduler: Schedule, layout: BaseLayout) -> None:
+    """Write a base as `load_base` and stock `from_pretrained` read it."""
+    unet.save_pretrained(folder / "unet", safe_serialization=True)
+    scheduler.save_pretrained(folder / "scheduler")
+    (folder / LAYOUT_FILE).write_text(json.dumps(asdict(layout), indent=2) + "\n")
+
+
+def _load_layout(folder: Path) -> BaseLayout:
+    """The layout file beside the weights; most bases have none."""
+    path = folder / LAYOUT_FILE
     if not path.is_file():
         return BaseLayout()
     try:
@@ -152,17 +211,35 @@ def _load_layout(folder: str, revision: str | None) -> BaseLayout:
         raise UserError(f"{path} is no layout of a base: {error}. Restore the file, or pretrain again.") from error
 
 
-def fingerprint(unet: torch.nn.Module) -> str:
-    """SHA-256 over the names, shapes, types and bytes of all weights, in order of name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(unet.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _check_parts(base: BaseModel) -> None:
+    """The parts of a base fit one another, and the UNet denoises what it is given and nothing else."""
+    config, fault = base.unet.config, None
+    if config.in_channels != config.out_channels:  # inpainting, upscaling, learned variances
+        fault = f"its UNet takes {config.in_channels} channels and gives {config.out_channels}"
+    elif _side(config.sample_size) is None:
+        fault = "its UNet's config says no square sample_size"
+    elif base.vae is not None and latent_channels(base.vae) != config.in_channels:
+        fault = f"its autoencoder makes {latent_channels(base.vae)} channels and its UNet takes {config.in_channels}"
+    elif base.vae is not None and base.layout.pixel_packing != 1:
+        fault = "it packs pixels and has an autoencoder"
+    elif base.text is not None and not _told_all(base):
+        fault = "its UNet wants more than text encoders, an image size and a time give it"
+    if fault is not None:
+        raise UserError(f"base {base.name!r}: {fault}, which this version does not train. Choose another base.")
 
 
-def save_base(folder: Path, unet: UNet2DModel, scheduler: DDPMScheduler, layout: BaseLayout) -> None:
-    """Write a base as `load_base` and stock `from_pretrained` read it."""
-    unet.save_pretrained(folder / "unet", safe_serialization=True)
-    scheduler.save_pretrained(folder / "scheduler")
-    (folder / LAYOUT_FILE).write_text(json.dumps(asdict(layout), indent=2) + "\n")
+def _told_all(base: BaseModel) -> bool:
+    """Whether prompts are as wide as the UNet wants them, and XL's vector of sizes and pooled text as long."""
+    config, null = base.unet.config, base.text.null if base.text else {}
+    pooled = 6 * (config.addition_time_embed_dim or 0) + null["text_embeds"].shape[1] if "text_embeds" in null else None
+    wanted = config.projection_class_embeddings_input_dim if config.addition_embed_type else None
+    return null["encoder_hidden_states"].shape[2] == config.cross_attention_dim and pooled == wanted
+
+
+def _side(size: int | list[int] | tuple[int, ...] | None) -> Any:
+    """Side of a square; None of anything else."""
+    return size if isinstance(size, int) else size[0] if size and len(set(size)) == 1 else None
+
+
+def _settings(part: Any) -> dict[str, Any]:
+    return {key: value for key, value in part.config.items() if key not in _PRIVATE_KEYS}

@@ -85,9 +85,11 @@ def choose_class_rows(base: BaseModel, given: tuple[int, ...] | None, num_classe
     """The rows of the base's class table that the private classes take.
 
     Raises:
-        UserError: too few rows given, rows outside the table, or a table without spare rows.
+        UserError: no table, too few rows given, rows outside the table, or a table without spare rows.
     """
-    size = base.unet.class_embedding.num_embeddings
+    size = base.num_class_embeds
+    if size is None:
+        raise UserError(f"base {base.name!r} has no class table. Leave --class_rows out or choose a base with classes.")
     if given is not None:
         if len(set(given)) != num_classes or not all(0 <= row < size for row in given):
             raise UserError(f"--class_rows must name {num_classes} different rows below {size}, one for each class.")

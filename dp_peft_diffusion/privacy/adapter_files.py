@@ -14,6 +14,7 @@ from dp_peft_diffusion.privacy.adapter_layers import AdapterLayers, adapter_laye
 from dp_peft_diffusion.privacy.certificate_form import FILE_NAME
 from dp_peft_diffusion.privacy.model_files import (
     BUILTIN_BASES,
+    FROM_SCRATCH,
     MODEL_FOLDER,
     check_model,
     check_weights,
@@ -84,6 +85,10 @@ def check_adapter(folder: Path, base: Path | None = None) -> str:
         kind, layers = adapter.config["peft_type"], len(adapter.layers.layers)
         about = f"{kind} on {layers} layers in {len(adapter.tensors)} tensors, all finite"
     name, sha256 = _certified_base(folder)
+    if name.startswith(FROM_SCRATCH):
+        if adapter is not None:
+            raise PrivacyError(f"{FILE_NAME} says that an adapter was trained from scratch. It needs a base.")
+        return f"{about}. Trained from scratch: it began as random weights, and is its own base."
     found = _base_folder(name, base)
     if found is None:
         return f"{about}. NOT CHECKED: whether it fits its base, {name}. Say where that lies: --base FOLDER"

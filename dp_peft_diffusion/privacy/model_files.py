@@ -34,6 +34,9 @@ from dp_peft_diffusion.privacy.untrusted import (
 
 BUILTIN_BASES = Path(__file__).resolve().parent.parent / "bases"
 MODEL_FOLDER = "unet"
+SHARDS_INDEX = f"{MODEL_WEIGHTS}.index.json"
+FROM_SCRATCH = "from scratch: "  # before the name of an architecture whose weights were drawn: nobody else has them
+MAX_BASE_BYTES = 16 << 30  # of one file of a base, which the user names and no stranger; XL's network is 10 GB
 MAX_TENSORS = 2000
 Shape = tuple[int, ...]
 
@@ -64,14 +67,16 @@ _UNET: dict[str, Rule] = {  # diffusers' UNet2DModel
     **dict.fromkeys(("downsample_type", "upsample_type", "act_fn", "resnet_time_scale_shift"), _WORD),
     **dict.fromkeys(("mid_block_scale_factor", "dropout", "norm_eps"), number(0, 1e6)),
 }
-_SCHEDULER: dict[str, Rule] = {  # diffusers' DDPMScheduler
-    "_class_name": one_of("DDPMScheduler"),
+_SCHEDULER: dict[str, Rule] = {  # diffusers' DDPMScheduler, or its EDMEulerScheduler
+    "_class_name": one_of("DDPMScheduler", "EDMEulerScheduler"),
     "_diffusers_version": _VERSION,
     "num_train_timesteps": whole(1, 10_000),
     "trained_betas": or_none(list_of(number(0, 1), 10_000)),
     "steps_offset": _SMALL,
     **dict.fromkeys(("beta_start", "beta_end"), number(0, 1)),
     **dict.fromkeys(("beta_schedule", "prediction_type", "timestep_spacing", "variance_type"), _WORD),
+    **dict.fromkeys(("sigma_schedule", "final_sigmas_type"), _WORD),
+    **dict.fromkeys(("sigma_min", "sigma_max", "sigma_data", "rho"), number(0, 1e6)),
     **dict.fromkeys(("clip_sample", "rescale_betas_zero_snr", "thresholding"), _YES_NO),
     **dict.fromkeys(("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"), number(0, 1e6)),
 }
@@ -87,6 +92,8 @@ FORMS: dict[str, dict[str, Rule]] = {
     "scheduler/scheduler_config.json": _SCHEDULER,
     "dp_peft_base.json": _LAYOUT,
 }
+# What loading a folder as a base would read besides, in place of the checked files or with them.
+_LOADED_BESIDES = ("vae", "vqvae", f"{MODEL_FOLDER}/{SHARDS_INDEX}")
 _REQUIRED = {
     "unet/config.json": {"block_out_channels", "layers_per_block", "in_channels", "out_channels"},
     "scheduler/scheduler_config.json": {"num_train_timesteps"},
@@ -94,9 +101,30 @@ _REQUIRED = {
 }
 
 
-def weights_path(folder: Path) -> Path:
-    """Where a diffusers folder keeps the weights of its net."""
-    return (folder / MODEL_FOLDER if (folder / MODEL_FOLDER).is_dir() else folder) / MODEL_WEIGHTS
+def has_weights(folder: Path) -> bool:
+    """Whether a diffusers folder holds the weights of its net, and not its architecture alone."""
+    return any((_net_folder(folder) / name).is_file() for name in (MODEL_WEIGHTS, SHARDS_INDEX))
+
+
+def _net_folder(folder: Path) -> Path:
+    return folder / MODEL_FOLDER if (folder / MODEL_FOLDER).is_dir() else folder
+
+
+def _weights_files(folder: Path) -> list[Path]:
+    """The files of the weights: one, or the shards that an index names.
+
+    Raises:
+        PrivacyError: the index is malformed.
+    """
+    place = _net_folder(folder)
+    if not (place / SHARDS_INDEX).is_file():  # which diffusers prefers where both lie there
+        return [place / MODEL_WEIGHTS]
+    index = read_json(place / SHARDS_INDEX)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    shard = text(r"diffusion_pytorch_model-[0-9]{5}-of-[0-9]{5}\.safetensors")
+    if not isinstance(names, dict) or not names or not all(shard(name) for name in names.values()):
+        raise PrivacyError(f"{SHARDS_INDEX} does not name the files of its tensors.")
+    return sorted({place / name for name in names.values()})
 
 
 def check_model(folder: Path) -> dict[str, Shape]:
@@ -108,6 +136,9 @@ def check_model(folder: Path) -> dict[str, Shape]:
     Raises:
         PrivacyError: a file is missing, says what we never write, or holds numbers that are not finite.
     """
+    for name in _LOADED_BESIDES:
+        if (folder / name).exists():
+            raise PrivacyError(f"{name} is no part of a net that trained as a whole, and would be loaded with it.")
     config, _, _ = (check_keys(read_json(folder / name), FORMS[name], _REQUIRED[name], name) for name in FORMS)
     path = folder / MODEL_FOLDER / MODEL_WEIGHTS
     header = safetensors_header(path)
@@ -168,17 +199,21 @@ def read_base(folder: Path) -> BaseFiles:
         UserError: no weights there.
         PrivacyError: they are malformed, or too large to be read here.
     """
-    path = weights_path(folder)
-    if not path.is_file():
+    if not has_weights(folder):
         raise UserError(
             f"--base {folder}: no {MODEL_FOLDER}/{MODEL_WEIGHTS} there. Give the diffusers folder of a base."
         )
-    header, digest, shapes = any_safetensors_header(path), hashlib.sha256(), {}
-    check_weights(path, header)
-    for name, stored in sorted((_todays_name(name), name) for name in header.tensors):
-        shapes[name] = header.tensors[stored][1]
-        digest.update(f"{name} {shapes[name]} torch.float32\n".encode())  # what diffusers loads every type as
-        for numbers in float32_chunks(path, header, stored):
+    files = {path: any_safetensors_header(path, MAX_BASE_BYTES) for path in _weights_files(folder)}
+    for path, header in files.items():
+        check_weights(path, header)
+    stored = sorted((_todays_name(name), name, path) for path, header in files.items() for name in header.tensors)
+    digest, shapes = hashlib.sha256(), {}
+    for today, name, path in stored:
+        if today in shapes:
+            raise PrivacyError(f"{path.name} holds {name}, which another file holds too.")
+        shapes[today] = files[path].tensors[name][1]
+        digest.update(f"{today} {shapes[today]} torch.float32\n".encode())  # what diffusers loads every type as
+        for numbers in float32_chunks(path, files[path], name):
             digest.update(numbers.tobytes())
     return BaseFiles(shapes, digest.hexdigest())
 

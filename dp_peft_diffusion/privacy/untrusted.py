@@ -132,15 +132,17 @@ def safetensors_header(path: Path) -> SafetensorsHeader:
     return header
 
 
-def any_safetensors_header(path: Path) -> SafetensorsHeader:
+def any_safetensors_header(path: Path, limit: int | None = None) -> SafetensorsHeader:
     """The header of a safetensors file, checked against the file's length, whatever metadata it holds.
 
     Tensors must be of a known type, lie one after another and fill the file to its end.
 
+    limit: bytes above which the file is not opened; None: those of its name.
+
     Raises:
         PrivacyError: the file is missing, too big or not such a file.
     """
-    with _opened(path) as file:
+    with _opened(path, byte_limit(path) if limit is None else limit) as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
         text = file.read(length) if length <= MAX_HEADER_BYTES else b""
@@ -175,7 +177,7 @@ def tensor_chunks(path: Path, header: SafetensorsHeader, name: str) -> Iterator[
     """
     dtype, shape = header.tensors[name]
     length = math.prod(shape) * BYTES_PER_NUMBER[dtype]
-    with _opened(path) as file:
+    with _opened(path, math.inf) as file:  # its size was looked at with its header
         file.seek(header.begins[name])
         for begin in range(0, length, _CHUNK):
             wanted = min(length - begin, _CHUNK)
@@ -238,7 +240,7 @@ def _check_tensor(path: Path, name: str, entry: dict[str, Any], position: int) -
 
 def _chunks(path: Path) -> Iterator[bytes]:
     """The bytes of a whole file. Some that a link may lead to, below /proc, claim to be empty and never end."""
-    with _opened(path) as file:
+    with _opened(path, byte_limit(path)) as file:
         left = os.fstat(file.fileno()).st_size
         while chunk := file.read(_CHUNK):
             left -= len(chunk)
@@ -256,13 +258,13 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[io.BufferedReader]:
+def _opened(path: Path, limit: float) -> Iterator[io.BufferedReader]:
     if not path.is_file():  # false for a folder, a device and a pipe, on which reading would wait for ever
         raise PrivacyError(f"{path.name} is missing, or not a regular file.")
     try:
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size > byte_limit(path):
-                raise PrivacyError(f"{path.name} is larger than {byte_limit(path)} bytes.")
+            if os.fstat(file.fileno()).st_size > limit:
+                raise PrivacyError(f"{path.name} is larger than {limit} bytes.")
             yield file
     except OSError as error:
         raise PrivacyError(f"{path.name} cannot be read: {error.strerror}.") from error

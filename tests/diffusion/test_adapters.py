@@ -5,18 +5,24 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tiny_bases import BASES
 from tiny_models import tiny_base_folder
 
 from dp_peft_diffusion.diffusion.adapters import (
     inject_adapter,
+    inject_into,
     load_adapter,
+    load_whole_model,
     merge_adapter,
     to_peft,
 )
+from dp_peft_diffusion.diffusion.architectures import trainable_count
 from dp_peft_diffusion.diffusion.base_model import load_base
 from dp_peft_diffusion.diffusion.class_rows import code_directions
 from dp_peft_diffusion.errors import PrivacyError, UserError
-from dp_peft_diffusion.recipe import Adapter
+from dp_peft_diffusion.privacy.adapter_files import check_adapter
+from dp_peft_diffusion.recipe import ADAPTER_KINDS, Adapter
+from dp_peft_diffusion.sharing.export import write_adapter, write_model
 
 SPEC = Adapter(rank=2, lora_alpha=6.0, target_modules=("to_q", "to_out.0", "conv1"))
 
@@ -181,3 +187,105 @@ def test_wrong_tensors_are_refused(base, tmp_path, plant):
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"adapter_config\.json"):
         load_adapter(None, tmp_path)
+
+
+TEXT_BASES = ("stable_diffusion_1", "stable_diffusion_xl")
+SD15 = {  # unet/config.json of stable-diffusion-v1-5, as far as it differs from diffusers' defaults
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def other_bases(tmp_path_factory):
+    """Name of a family -> (folder, base)."""
+    place = tmp_path_factory.mktemp("bases")
+    folders = {name: BASES[name](place / name) for name in ("edm", "latent", *TEXT_BASES)}
+    return {name: (folder, load_base(str(folder))) for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("stable_diffusion_1", "lora"),
+        ("stable_diffusion_1", "lora_conv"),
+        ("stable_diffusion_1", "attention"),
+        ("stable_diffusion_xl", "lora"),
+        ("stable_diffusion_xl", "dora"),
+        ("stable_diffusion_xl", "bitfit"),
+    ],
+)
+def test_adapters_of_a_text_conditional_base_come_back_from_stock_peft(other_bases, family, kind, tmp_path):
+    folder, base = other_bases[family]
+    adapter = moved(base, Adapter(kind=kind, rank=2), num_classes=0)
+    write_adapter(base, adapter, tmp_path)
+    text, x, t = base.text.encode(["a cat", "dog"]), torch.randn(2, *base.input_shape), torch.tensor([10, 700])
+    nets = {
+        "trained": adapter.unet,
+        "stock": PeftModel.from_pretrained(copy.deepcopy(base.unet), tmp_path).eval(),
+        "ours": load_adapter(copy.deepcopy(base.unet), tmp_path),
+        "merged": merge_adapter(copy.deepcopy(base.unet), tmp_path),
+        "base": base.unet,
+    }
+    with torch.no_grad():
+        answers = {name: base.predict(net, x, t, text) for name, net in nets.items()}
+    scale = answers["trained"].abs().max()
+    assert all((answers[name] - answers["trained"]).abs().max() < 1e-5 * scale for name in ("stock", "ours", "merged"))
+    assert (answers["base"] - answers["trained"]).abs().max() > 1e-3 * scale
+    assert "all finite. Fits" in check_adapter(tmp_path, folder)
+
+
+@pytest.mark.parametrize("family", TEXT_BASES)
+def test_a_whole_text_conditional_base_is_refused_before_it_trains(other_bases, family):
+    with pytest.raises(UserError, match="--adapter full on a text-conditional base is not exported by this version"):
+        inject_adapter(other_bases[family][1], Adapter(kind="full"))
+
+
+def test_a_text_conditional_base_has_no_class_rows(other_bases):
+    with pytest.raises(UserError, match="no class table"):
+        inject_adapter(other_bases["stable_diffusion_1"][1], Adapter(), num_classes=2)
+
+
+@pytest.mark.parametrize("family", ["edm", "latent"])
+def test_a_net_from_scratch_trains_whole_and_comes_back_with_its_classes(other_bases, family, tmp_path):
+    base = load_base(str(other_bases[family][0]), from_scratch=True)
+    adapter = moved(base, Adapter(kind="full"), num_classes=5)
+    write_model(base, adapter, tmp_path)
+    loaded = load_whole_model(tmp_path)
+    first, end = base.layout.spare_classes
+    assert loaded.layout.spare_classes == (first + 5, end)
+    assert type(loaded.scheduler) is type(base.scheduler)
+    for name in ("sigma_data", "beta_start", "beta_schedule", "prediction_type"):
+        assert loaded.scheduler.config.get(name) == base.scheduler.config.get(name)
+    x, t = torch.randn(3, *base.input_shape), torch.tensor([0.1, 0.5, 0.9])
+    told = {"class_labels": torch.tensor([first, first + 4, base.layout.null_class])}
+    with torch.no_grad():
+        trained = base.predict(adapter.unet, x, t, told)
+        assert torch.allclose(
+            base.predict(loaded.unet, x, t, told), trained, rtol=1e-5, atol=1e-5 * trained.abs().max()
+        )
+
+
+@pytest.mark.parametrize("more", ["vae/config.json", "unet/diffusion_pytorch_model.safetensors.index.json"])
+def test_a_strangers_model_with_more_to_load_than_was_checked_is_refused(other_bases, more, tmp_path):
+    base = other_bases["edm"][1]
+    write_model(base, inject_adapter(base, Adapter(kind="full")), tmp_path)
+    (tmp_path / more).parent.mkdir(exist_ok=True)
+    (tmp_path / more).write_text("{}")
+    with pytest.raises(PrivacyError, match=f"{more.split('/')[-1] if 'unet' in more else 'vae'} is no part"):
+        load_whole_model(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ADAPTER_KINDS if kind != "class_rows"])
+def test_what_trains_is_counted_without_weights_as_with_them(other_bases, kind):
+    spec, unet = Adapter(kind=kind, rank=2), other_bases["stable_diffusion_xl"][1].unet
+    model = copy.deepcopy(unet)
+    inject_into(model, spec)
+    real = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable_count({**unet.config, "_class_name": "UNet2DConditionModel"}, spec) == real > 0
+
+
+def test_rank_4_on_the_attention_of_stable_diffusion_1_trains_797184_numbers():
+    assert trainable_count(SD15, Adapter(rank=4)) == 797_184
