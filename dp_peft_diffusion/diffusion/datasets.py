@@ -1,42 +1,57 @@
-"""Private images, decoded once and held in memory; and public data sets as `datasets` opens them.
+"""Private images, each decoded and encoded once into memory-mapped files; public ones as `datasets` opens them.
 
 A record is a row as listed: a file of an image folder (sorted paths), a row of parquet files (sorted files). Its id is
-its position in that listing, never a name or a hash of its content, and N counts rows before anything is decoded. A row
-that cannot be decoded, has no valid label or group, or is over its group's cap, is the null record: black image, label
-0, weight 0 (invariants 1 and 17).
+its position in that listing, never a name or a hash of its content, and N counts rows before anything is decoded. What
+a row counts as is said in `records.py`.
 """
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Hashable, Sequence
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import torch
-from PIL import Image
 
-from dp_peft_diffusion.diffusion.decoding import MODES, decode, image_extensions, silence
-from dp_peft_diffusion.diffusion.listing import HUB_NAME, Listing, Row, hub_error, list_rows, parquet_files
+from dp_peft_diffusion.diffusion.cache import (
+    open_arrays,
+    read_description,
+    replacing,
+    write_arrays,
+    write_description,
+)
+from dp_peft_diffusion.diffusion.decoding import MODES, image_extensions, silence
+from dp_peft_diffusion.diffusion.encoder import Encoder
+from dp_peft_diffusion.diffusion.listing import HUB_NAME, Listing, hub_error, list_rows, parquet_files
+from dp_peft_diffusion.diffusion.records import Fingerprint, Problem, RecordReader
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.recipe import Data
 
-MAX_REASON = 200  # characters; a broken label may have millions
 
+class Examples(NamedTuple):
+    """Some records, as a step reads them.
 
-class Problem(NamedTuple):
-    """A row that is the null record, and why. For the private folder only (invariant 13)."""
+    clean: (b, V, c, h, w) float32: V changed versions of the network's input for a latent base; else V = 1 and pixels
+        in [-1, 1].
+    labels: (b,) int64. weights: (b,) float32, 0 for a null record.
+    text: embeddings of the records' own captions, as the base names them, (b, ...) float32; empty without captions.
+    """
 
-    id: int
-    name: str
-    reason: str
+    clean: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+    text: dict[str, torch.Tensor]
 
 
 class PrivateImages:
-    """Every row of a data set, decoded once and held as bytes; `len` is N, the number of rows as listed.
+    """Every row of a data set, decoded once; `len` is N, the number of rows as listed.
 
     Attributes: `class_names` (tuple, or None when unlabelled), `problems` (rows that are null records), `source_digest`
     (SHA-256 over the images as stored, in any order; the same for every base, resolution, label column and class list).
@@ -45,100 +60,111 @@ class PrivateImages:
 
     def __init__(
         self,
-        pixels: torch.Tensor,  # (N + 1, c, s, s) uint8; the last row is the null record, so that id -1 reads it
-        labels: torch.Tensor,  # (N + 1,) int64
-        weights: torch.Tensor,  # (N + 1,) float32
+        arrays: Mapping[str, np.ndarray],  # (N + 1, ...), as RecordReader names them; id -1 reads the null record
         class_names: tuple[str, ...] | None,
         problems: list[Problem],
         source_digest: bytes,
     ):
-        self._pixels, self._labels, self._weights = pixels, labels, weights
+        self._arrays = dict(arrays)
         self.class_names = class_names
         self.problems = problems
         self.source_digest = source_digest
 
     def __len__(self) -> int:
-        return len(self._pixels) - 1
+        return len(self._arrays["weights"]) - 1
 
-    @property
+    @cached_property
     def content_digest(self) -> bytes:
-        """SHA-256 over all that can shape an update: pixels, labels, weights and class names."""
-        digest = hashlib.sha256(json.dumps([self.class_names, self._pixels.shape]).encode())
-        for tensor in (self._pixels, self._labels, self._weights):
-            digest.update(tensor.numpy().data.cast("B"))
+        """SHA-256 over all that can shape an update: images, labels, weights, captions and class names."""
+        kinds = {name: [array.dtype.str, array.shape] for name, array in self._arrays.items()}
+        digest = hashlib.sha256(json.dumps([self.class_names, kinds]).encode())
+        for array in self._arrays.values():
+            digest.update(array.data.cast("B"))  # page by page, where it is a memory map
         return digest.digest()
 
-    def read(self, ids: Sequence[int] | np.ndarray | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Images (b, c, s, s) float32 in [-1, 1], labels (b,) int64, weights (b,) float32: 0 for a null record.
-
-        Id -1 is the null record, for padding the last micro-batch.
+    def read(self, ids: Sequence[int] | np.ndarray | torch.Tensor) -> Examples:
+        """The records of `ids`; id -1 is the null record, for padding the last micro-batch.
 
         Raises:
             IndexError: an id outside -1 .. N - 1.
         """
-        index = torch.as_tensor(ids, dtype=torch.int64)
-        if len(index) and not -1 <= int(index.min()) <= int(index.max()) < len(self):
+        index = torch.as_tensor(ids, dtype=torch.int64).numpy()
+        if len(index) and not -1 <= index.min() <= index.max() < len(self):
             raise IndexError(f"ids run from -1 to {len(self) - 1}")
-        return self._pixels[index].float() / 127.5 - 1, self._labels[index], self._weights[index]
+        rows = {name: torch.from_numpy(array[index]) for name, array in self._arrays.items()}
+        clean, labels, weights = (rows.pop(name) for name in ("clean", "labels", "weights"))
+        clean = clean.float() / 127.5 - 1 if clean.dtype == torch.uint8 else clean
+        return Examples(clean, labels, weights, {name: array.float() for name, array in rows.items()})
 
     def valid_arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Images (n, c, s, s) uint8 and labels (n,) of the rows that are no null records, for evaluation."""
-        valid = self._weights > 0
-        return self._pixels[valid].numpy(), self._labels[valid].numpy()
+        """Pixels (n, c, s, s) uint8 and labels (n,) of the rows that are no null records, for evaluation."""
+        valid = self._arrays["weights"] > 0
+        return self._arrays["clean"][valid, 0], self._arrays["labels"][valid]
 
 
-def open_examples(data: Data, resolution: int, channels: int, cache_dir: Path | None = None) -> PrivateImages:
-    """List and decode the rows of `builtin:digits`, an image folder, parquet files, or a Hub data set of parquet files.
+def open_examples(
+    data: Data, base: Encoder, folder: Path | None, seed: int = 0, cache_dir: Path | None = None
+) -> PrivateImages:
+    """List, decode and encode the rows of `builtin:digits`, an image folder, parquet files, or a Hub data set of them.
 
-    resolution: pixels per side; `center_crop` takes the central square first, else the image is squeezed to a square.
-    channels: 1 (grey) or 3 (RGB). Transparency is laid on white; 16-bit grey is scaled from 0..65535; of an animation
-    the first frame counts; EXIF orientation is applied; resizing is PIL's antialiased bilinear.
+    base: gives the resolution in pixels (`center_crop` takes the central square first, else the image is squeezed to a
+    square) and the channels, 1 (grey) or 3 (RGB). Transparency is laid on white; 16-bit grey is scaled from 0..65535;
+    of an animation the first frame counts; EXIF orientation is applied; resizing is PIL's antialiased bilinear. What a
+    latent base or a caption makes of a record is computed here, each record alone.
+    folder: where the records are kept, for this run and its resumption: in a private folder. They are made anew when
+    rows, options or base have changed since. None: in a temporary folder, which is gone when this returns.
+    seed: of the changed versions that a latent base keeps.
     cache_dir: where `datasets` keeps what it resolves of a Hub name; a temporary folder when None.
 
     In an image folder every regular file counts as a row that is not hidden and has an extension of `FORMATS`. Its
     class is its first-level sub-folder, so a file beside the sub-folders has no label; a folder without sub-folders is
     unlabelled. Class names come from `data.class_names`, or the names of sub-folders or of a ClassLabel column, which
-    declares them public; never from the rows.
+    declares them public; never from the rows. With `data.caption_column` there are no labels; an image folder has its
+    captions in metadata.jsonl.
 
     With `data.group_column`, which parquet files and Hub data sets have, the first `max_examples_per_group` readable
     rows of a group are used. A row that cannot be read takes no place of its group. Missing values, empty text and NaN
     are no group. So what a row is depends on the rows of its group alone.
 
     Raises:
-        UserError: no such data set, split or column; no rows; too many for memory; class names that must be given.
+        UserError: no such data set, split or column; no rows; too many for the disk; class names that must be given;
+            captions for a base that takes none.
+        OSError: the disk is full.
     """
-    if channels not in MODES:
-        raise UserError(
-            f"the base asks for images of {channels} channels, not 1 or 3. Choose a base on grey or RGB pixels."
-        )
+    data, listing, class_names = _listed(data, base, cache_dir)
+    reader = RecordReader(data, listing.label_names, class_names, base, seed)
+    if folder is not None:
+        kept = _kept(folder, reader, data, class_names, cache_dir)
+        return kept or _written(replacing(folder), reader, data, class_names, listing)
+    # Mapped files stay readable when their names go, which they do before a step is taken.
+    return _written(tempfile.TemporaryDirectory(), reader, data, class_names, listing)
+
+
+class Survey(NamedTuple):
+    """What is known of images before any is decoded: N, and the classes, both as listed."""
+
+    num_examples: int
+    class_names: tuple[str, ...] | None
+
+
+def survey(data: Data, base: Encoder, cache_dir: Path | None = None) -> Survey:
+    """How many records `open_examples` will give, and of which classes.
+
+    Raises:
+        UserError: what `open_examples` refuses of a data set as a whole, but for its size on the disk.
+    """
+    _, listing, class_names = _listed(data, base, cache_dir)
+    return Survey(listing.num_rows, class_names)
+
+
+def _listed(data: Data, base: Encoder, cache_dir: Path | None) -> tuple[Data, Listing, tuple[str, ...] | None]:
+    """What will be read, its rows, and its classes."""
+    data = _checked(data, base)
     listing = list_rows(data, cache_dir)
     if listing.num_rows == 0:
         kinds = ", ".join(sorted(image_extensions()))
         raise UserError(f"{data.dataset_name!r}, split {data.split!r}, holds no images. Files that count: {kinds}.")
-    class_names = _class_names(data, listing)
-    n = listing.num_rows
-    try:
-        pixels = np.zeros((n + 1, channels, resolution, resolution), np.uint8)
-    except MemoryError:  # whose own message tells N, which may be private
-        raise UserError(f"{data.dataset_name!r} does not fit into memory. Choose a base of smaller images.") from None
-    labels, weights = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.float32)
-    problems, digests, used = [], list[bytes](), Counter[Hashable]()
-    with silence():
-        for index, row in enumerate(listing.rows):
-            digests.append(_image_digest(row.image))
-            try:
-                label = _label(_plain(row.label), listing.label_names, class_names)
-                group = _group(row, data, used)
-                if row.image is None:
-                    raise ValueError("no image")
-                pixels[index] = decode(row.image, resolution, channels, data.center_crop)
-                labels[index], weights[index] = label, 1
-                used[group] += 1
-            except Exception as error:  # whatever is wrong with a record must not stop the run (invariant 17)
-                name = row.name.encode("utf-8", "backslashreplace").decode()  # file names may be no UTF-8
-                problems.append(Problem(index, name, f"{type(error).__name__}: {error}"[:MAX_REASON]))
-    arrays = torch.from_numpy(pixels), torch.from_numpy(labels), torch.from_numpy(weights)
-    return PrivateImages(*arrays, class_names, problems, _unordered(digests))
+    return data, listing, _class_names(data, listing)
 
 
 def source_digest(data: Data, cache_dir: Path | None = None) -> bytes:
@@ -147,12 +173,58 @@ def source_digest(data: Data, cache_dir: Path | None = None) -> bytes:
     Raises:
         UserError: no such data set, split or column.
     """
-    return _unordered([_image_digest(row.image) for row in list_rows(data, cache_dir).rows])
+    return _fingerprint(data, cache_dir).images
 
 
-def _unordered(digests: list[bytes]) -> bytes:
-    """One digest of many, the same in every order: renamed files are the same images."""
-    return hashlib.sha256(b"".join(sorted(digests))).digest()
+def _fingerprint(data: Data, cache_dir: Path | None) -> Fingerprint:
+    fingerprint = Fingerprint()
+    for _ in fingerprint.of(list_rows(data, cache_dir).rows):
+        pass
+    return fingerprint
+
+
+def _kept(
+    folder: Path, reader: RecordReader, data: Data, class_names: tuple[str, ...] | None, cache_dir: Path | None
+) -> PrivateImages | None:
+    """The records in `folder`, if they are whole and what would be made now; nothing is decoded."""
+    made = read_description(folder)
+    if made is None or json.dumps(made.get("settings")) != json.dumps(reader.settings):
+        return None
+    fingerprint = _fingerprint(data, cache_dir)
+    if made.get("rows") != fingerprint.rows:
+        return None
+    try:
+        arrays = open_arrays(folder, reader.null)
+    except (OSError, ValueError, EOFError):  # a file is gone or cut
+        return None
+    images = PrivateImages(arrays, class_names, [Problem(*p) for p in made["problems"]], fingerprint.images)
+    return images if images.content_digest.hex() == made["content"] else None
+
+
+def _written(
+    place: AbstractContextManager[str | Path],
+    reader: RecordReader,
+    data: Data,
+    class_names: tuple[str, ...] | None,
+    listing: Listing,
+) -> PrivateImages:
+    """Read every row into `place`."""
+    fingerprint, size = Fingerprint(), sum(array.nbytes for array in reader.null.values())
+    with place as name:
+        folder = Path(name)
+        if shutil.disk_usage(folder).free < size * (listing.num_rows + 1):  # N may be private: it is not told
+            raise UserError(
+                f"the disk of {folder.parent} has no room for the images of {data.dataset_name!r} as the base sees "
+                "them. Make room, or choose a base of smaller images."
+            )
+        with silence():
+            records = (reader.read(index, row) for index, row in enumerate(fingerprint.of(listing.rows)))
+            write_arrays(folder, records, reader.null, listing.num_rows)
+        arrays = open_arrays(folder, reader.null)
+        images = PrivateImages(arrays, class_names, reader.problems, fingerprint.images)
+        made = {"settings": reader.settings, "rows": fingerprint.rows, "content": images.content_digest.hex()}
+        write_description(folder, made | {"problems": reader.problems})
+    return images
 
 
 def open_dataset(name: str, split: str = "train") -> datasets.Dataset:
@@ -172,6 +244,23 @@ def open_dataset(name: str, split: str = "train") -> datasets.Dataset:
         return datasets.load_dataset(name, split=split)
     except Exception as error:
         raise hub_error(name, error) from error
+
+
+def _checked(data: Data, base: Encoder) -> Data:
+    """`data` without labels where captions take their place. Raises UserError: the base cannot take what there is."""
+    if base.image_channels not in MODES:
+        raise UserError(
+            f"the base asks for images of {base.image_channels} channels, not 1 or 3. Choose a base on grey or RGB "
+            "pixels."
+        )
+    if data.caption_column is None:
+        return data
+    if base.text is None:
+        raise UserError(
+            f"--caption_column {data.caption_column}: the base takes no prompts. Leave it out, or choose a "
+            "text-conditional base."
+        )
+    return replace(data, label_column=None)
 
 
 def _class_names(data: Data, listing: Listing) -> tuple[str, ...] | None:
@@ -194,49 +283,3 @@ def _class_names(data: Data, listing: Listing) -> tuple[str, ...] | None:
     if own is not None and (unknown := [name for name in given if name not in own]):
         raise UserError(f"--class_names: {data.dataset_name!r} has no {', '.join(unknown)}; it has {', '.join(own)}.")
     return tuple(given)
-
-
-def _image_digest(image: Path | bytes | Image.Image | None) -> bytes:
-    """SHA-256 of an image as stored; zeros where there is none, or it cannot be read."""
-    if isinstance(image, Path):
-        try:
-            with open(image, "rb") as file:
-                return hashlib.file_digest(file, "sha256").digest()
-        except OSError:
-            return bytes(32)
-    if isinstance(image, Image.Image):
-        image = image.tobytes()
-    return bytes(32) if image is None else hashlib.sha256(image).digest()
-
-
-def _plain(value: Any) -> Any:
-    return value.as_py() if isinstance(value, pa.Scalar) else value
-
-
-def _group(row: Row, data: Data, used: Counter[Hashable]) -> Hashable:
-    """Whose image it is; None without groups. Its value is private and in no message.
-
-    Raises:
-        ValueError: it is nobody's, or `used` says that its owner has no place left.
-    """
-    if data.group_column is None:
-        return None
-    group = _plain(row.group)
-    if group is None or group == "" or group != group:
-        raise ValueError("no group")
-    if used[group] == data.max_examples_per_group:
-        raise ValueError(f"its group has {data.max_examples_per_group} images before it")
-    return group
-
-
-def _label(value: Any, own_names: tuple[str, ...] | None, class_names: tuple[str, ...] | None) -> int:
-    """Position in `class_names` of a name, of an index into the source's own names, or of a bare index."""
-    if class_names is None:
-        return 0
-    if isinstance(value, float) and value.is_integer():  # integers beside missing values become floats in pandas
-        value = int(value)
-    if isinstance(value, int) and 0 <= value < len(own_names or class_names):
-        value = (own_names or class_names)[value]
-    if value not in class_names:
-        raise ValueError(f"label {value!r} is none of the {len(class_names)} classes")
-    return class_names.index(value)

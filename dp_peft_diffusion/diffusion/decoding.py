@@ -61,14 +61,13 @@ def _flatten(image: Image.Image, mode: str) -> Image.Image:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """No message of a decoder reaches the terminal: it would tell that a broken record is there (invariant 17).
+    """No message of a decoder or tokenizer reaches the terminal: it would tell what is in a record (invariant 17).
 
     libtiff writes to the file descriptor itself, below Python's warnings and loggers.
     """
-    logger = logging.getLogger("PIL")
-    level, stderr, nowhere = logger.level, os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    disabled, stderr, nowhere = logging.root.manager.disable, os.dup(2), os.open(os.devnull, os.O_WRONLY)
     sys.stderr.flush()
-    logger.setLevel(logging.CRITICAL + 1)
+    logging.disable(logging.CRITICAL)
     os.dup2(nowhere, 2)
     try:
         with warnings.catch_warnings():
@@ -76,6 +75,6 @@ def silence() -> Iterator[None]:
             yield
     finally:
         os.dup2(stderr, 2)
-        logger.setLevel(level)
+        logging.disable(disabled)
         os.close(stderr)
         os.close(nowhere)

@@ -1,15 +1,16 @@
 """The rows of a data set, listed in a fixed order before anything is decoded.
 
-No private byte is written to disk. Parquet rows are read with pyarrow, since `datasets.load_dataset` copies every image
-into its Arrow cache, downloads Hub files to HF_HOME whatever its `cache_dir`, and raises when one ClassLabel is out of
-range. `datasets` resolves Hub names and reads ClassLabel names; the rows of a Hub data set are streamed.
+Nothing private is written to disk here. Parquet rows are read with pyarrow, since `datasets.load_dataset` copies every
+image into its Arrow cache, downloads Hub files to HF_HOME whatever its `cache_dir`, and raises when one ClassLabel is
+out of range. `datasets` resolves Hub names and reads ClassLabel names; the rows of a Hub data set are streamed.
 """
 
+import contextlib
 import itertools
+import json
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,17 +26,19 @@ from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.recipe import Data
 
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev")
+METADATA = "metadata.jsonl"  # of an image folder
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 DIGITS_SPLITS = {"train": (0, 1437), "test": (1437, 1797), "choose": (1437, 1617), "report": (1617, 1797)}
 
 
 class Row(NamedTuple):
-    """A row as stored. A parquet row's label and group are pyarrow scalars, whose `as_py` may raise on a broken one."""
+    """A row as stored. What a parquet row has besides its image are pyarrow scalars; `as_py` of a broken one raises."""
 
     name: str
     image: Path | bytes | Image.Image | None
     label: Any = None
     group: Any = None
+    caption: Any = None
 
 
 class Listing(NamedTuple):
@@ -79,6 +82,8 @@ def _list_digits(data: Data) -> Listing:
     from sklearn.datasets import load_digits
 
     _check_fixed_columns(data)
+    if data.caption_column is not None:
+        raise UserError(f"--caption_column {data.caption_column}: builtin:digits has no captions. Leave it out.")
     split = data.split
     if split not in DIGITS_SPLITS:
         raise UserError(f"builtin:digits has no split {split!r}. Take one of: {', '.join(DIGITS_SPLITS)}.")
@@ -104,8 +109,34 @@ def _list_folder(root: Path, data: Data) -> Listing:
     found = itertools.chain(root.iterdir(), *((root / folder).rglob("*") for folder in folders))
     names = sorted(path.relative_to(root).parts for path in found if path.suffix.lower() in extensions)
     names = [parts for parts in names if not any(p.startswith(".") for p in parts) and root.joinpath(*parts).is_file()]
-    rows = (Row("/".join(p), root.joinpath(*p), p[0] if len(p) > 1 else None) for p in names)
+    captions = {} if data.caption_column is None else _folder_captions(root, data.caption_column)
+    files = (("/".join(parts), parts) for parts in names)
+    rows = (Row(n, root.joinpath(*p), p[0] if len(p) > 1 else None, caption=captions.get(n)) for n, p in files)
     return Listing(len(names), rows, tuple(folders), bool(folders))
+
+
+def _folder_captions(root: Path, column: str) -> dict[str, Any]:
+    """Captions by file name, from the metadata.jsonl that `datasets` reads: {"file_name": "a/1.png", COLUMN: "..."}.
+
+    Not from metadata.csv, where one unpaired quotation mark takes the captions of the rows behind it.
+
+    Raises:
+        UserError: there is no such file, or no line of it has `column`.
+    """
+    path, captions = root / METADATA, dict[str, Any]()
+    if not path.is_file():
+        raise UserError(
+            f"--caption_column {column}: {str(root)!r} has no {METADATA}. Write one line for each image, such as "
+            f'{{"file_name": "1.png", "{column}": "a red bird"}}.'
+        )
+    with open(path, "rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # a fault of its record alone
+                entry = json.loads(line)
+                captions[entry["file_name"]] = entry[column]
+    if not captions:
+        raise UserError(f"no line of {str(path)!r} has a file_name and {column!r}. Set --caption_column.")
+    return captions
 
 
 def _folders(root: Path) -> list[str]:
@@ -165,7 +196,7 @@ def hub_error(name: str, error: Exception) -> UserError:
 
 def _list_parquet(files: Sequence[Path | str], data: Data, features: datasets.Features | None) -> Listing:
     """`features`: what stands over the files' own metadata, if anything."""
-    columns = (data.image_column, data.label_column, data.group_column)
+    columns = (data.image_column, data.label_column, data.group_column, data.caption_column)
     wanted = list(dict.fromkeys(column for column in columns if column is not None))
     num_rows, label_names, group_types = 0, [], set()
     for path in files:
@@ -192,8 +223,8 @@ def _list_parquet(files: Sequence[Path | str], data: Data, features: datasets.Fe
             with _parquet(path) as file:
                 for batch in file.iter_batches(16, columns=wanted):
                     values = [batch.column(name) if name else [None] * len(batch) for name in columns]
-                    for image, label, group in zip(*values, strict=True):
-                        yield Row(f"{Path(path).name} row {next(position)}", _encoded(image), label, group)
+                    for image, *rest in zip(*values, strict=True):
+                        yield Row(f"{Path(path).name} row {next(position)}", _encoded(image), *rest)
 
     return Listing(num_rows, rows(), label_names[0], data.label_column is not None)
 
@@ -202,7 +233,7 @@ def _encoded(image: pa.Scalar) -> bytes | None:
     return (image["bytes"] if isinstance(image, pa.StructScalar) else image).as_py()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _parquet(path: Path | str) -> Iterator[pq.ParquetFile]:
     try:
         opened = open(path, "rb") if isinstance(path, Path) else fsspec.open(path, "rb")
@@ -217,7 +248,7 @@ def _parquet(path: Path | str) -> Iterator[pq.ParquetFile]:
 
 
 def _check_columns(path: Path | str, schema: pa.Schema, data: Data) -> None:
-    single = {"label": data.label_column, "group": data.group_column}
+    single = {"label": data.label_column, "group": data.group_column, "caption": data.caption_column}
     for kind, column in ({"image": data.image_column} | single).items():
         if column is not None and column not in schema.names:
             has = ", ".join(schema.names)
@@ -231,3 +262,10 @@ def _check_columns(path: Path | str, schema: pa.Schema, data: Data) -> None:
     for kind, column in single.items():
         if column is not None and pa.types.is_nested(schema.field(column).type):
             raise UserError(f"{str(path)!r}: column {column!r} holds no single {kind}. Set --{kind}_column.")
+    if data.caption_column is not None:
+        held = schema.field(data.caption_column).type
+        text = held.value_type if pa.types.is_dictionary(held) else held
+        if not (pa.types.is_string(text) or pa.types.is_large_string(text)):
+            raise UserError(
+                f"{str(path)!r}: column {data.caption_column!r} holds {held}, not text. Set --caption_column."
+            )

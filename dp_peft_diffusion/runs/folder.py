@@ -22,7 +22,8 @@ MIN_FREE_BYTES = 200_000_000
 LONGEST_NAME = 200  # bytes, so that NAME.private fits too
 BOOKKEEPING = ("record_spending", "checkpointing_steps")  # recipe keys that shape no update
 # What a run that stopped before its first attempt was recorded may have left.
-_OWN = ("lock", "key", "ledger.jsonl", "recipe.yaml", "requested.yaml", "problems.csv", "shareable", ATTEMPTS_FILE)
+_FILES = ("lock", "key", "ledger.jsonl", "recipe.yaml", "requested.yaml", "problems.csv", ATTEMPTS_FILE)
+_OWN = (*_FILES, "shareable", "cache")
 BEGUN = (*_OWN, *(f"{name}.partial" for name in _OWN))
 
 
@@ -69,6 +70,11 @@ class RunFolder:
     def key(self) -> Path:
         """The secret key while the run is going on; mode 0600."""
         return self.private / "key"
+
+    @property
+    def cache(self) -> Path:
+        """Every record as the base sees it, until the run is done."""
+        return self.private / "cache"
 
     def recipe(self, attempt: int) -> Path:
         """The resolved recipe of an attempt, which runs again as it stands."""
@@ -240,6 +246,7 @@ class RunFolder:
         self.key.unlink(missing_ok=True)
         for state in [*self.private.glob("state*.json"), *self.private.glob("state-*.safetensors")]:
             state.unlink(missing_ok=True)
+        shutil.rmtree(self.cache, ignore_errors=True)
         fsync(self.private)
 
     def finish_closing(self) -> None:

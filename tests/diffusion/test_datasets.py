@@ -2,6 +2,7 @@ import gzip
 import io
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zlib
 from collections import Counter
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -21,7 +23,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from dp_peft_diffusion.diffusion.datasets import open_dataset, open_examples, source_digest
+from dp_peft_diffusion.diffusion.datasets import PrivateImages, open_dataset, source_digest
+from dp_peft_diffusion.diffusion.datasets import open_examples as open_encoded
+from dp_peft_diffusion.diffusion.encoder import PixelEncoder
 from dp_peft_diffusion.diffusion.listing import _resolve_hub
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.recipe import Data
@@ -115,6 +119,17 @@ MORE_BROKEN = {
 }
 
 
+def open_examples(data: Data, side: int, channels: int) -> PrivateImages:
+    return open_encoded(data, PixelEncoder(side, channels), None)
+
+
+def batch(images: PrivateImages, ids) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pixels (b, c, s, s), labels (b,) and weights (b,)."""
+    clean, labels, weights, text = images.read(ids)
+    assert clean.shape[1] == 1 and text == {}
+    return clean[:, 0], labels, weights
+
+
 def image_folder(root: Path, files: dict[str, bytes]) -> Data:
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +158,8 @@ def test_digits_are_the_1797_scans_split_by_a_public_shuffle():
     parts = {split: open_examples(Data(split=split), SIDE, 1) for split in ("train", "test", "choose", "report")}
     assert {split: len(part) for split, part in parts.items()} == dict(train=1437, test=360, choose=180, report=180)
     images, labels, weights = (
-        torch.cat(pair) for pair in zip(*(parts[s].read(range(len(parts[s]))) for s in ("train", "test")), strict=True)
+        torch.cat(pair)
+        for pair in zip(*(batch(parts[s], range(len(parts[s]))) for s in ("train", "test")), strict=True)
     )
     assert parts["train"].class_names == tuple("0123456789")
     assert bool((weights == 1).all())
@@ -155,8 +171,8 @@ def test_digits_are_the_1797_scans_split_by_a_public_shuffle():
         sorted((int(y), *np.rint(x).astype(int)) for y, x in zip(labels, read.flatten(1).numpy(), strict=True))
         == stored
     )
-    halves = torch.cat([parts[split].read(range(180))[0] for split in ("choose", "report")])
-    assert torch.equal(halves, parts["test"].read(range(360))[0])
+    halves = torch.cat([parts[split].read(range(180)).clean for split in ("choose", "report")])
+    assert torch.equal(halves, parts["test"].read(range(360)).clean)
 
 
 def test_an_unknown_split_of_digits_is_refused_with_the_splits_there_are():
@@ -172,7 +188,7 @@ def test_the_id_is_the_position_among_sorted_paths_whatever_order_they_were_writ
     order = sorted(names, key=lambda name: tuple(name.split("/")))
     contents = {name: encoded(Image.new("L", (3, 3), 20 * order.index(name))) for name in names}
     images = open_examples(image_folder(tmp_path, contents), 1, 1)
-    values, labels, _ = images.read(range(5))
+    values, labels, _ = batch(images, range(5))
     assert ((values.flatten() + 1) * 127.5).round().int().tolist() == [0, 20, 40, 60, 80]
     assert labels.tolist() == [0, 0, 0, 1, 1]
     assert images.class_names == ("a", "b")
@@ -220,7 +236,7 @@ def test_broken_records_among_good_ones_change_neither_n_nor_any_good_tensor(tmp
     assert len(images) == len(records)
     for position, index in enumerate(order):
         if isinstance(records[index], str):
-            expected = images.read([-1])
+            expected = batch(images, [-1])
         else:
             square = np.asarray(noise(records[index]).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
             expected = (
@@ -228,7 +244,7 @@ def test_broken_records_among_good_ones_change_neither_n_nor_any_good_tensor(tmp
                 torch.tensor([index % 2]),
                 torch.ones(1),
             )
-        for read, wanted in zip(images.read([position]), expected, strict=True):
+        for read, wanted in zip(batch(images, [position]), expected, strict=True):
             assert read.dtype == wanted.dtype
             assert torch.allclose(read, wanted, atol=1e-6)
     assert [problem.id for problem in images.problems] == [
@@ -237,7 +253,7 @@ def test_broken_records_among_good_ones_change_neither_n_nor_any_good_tensor(tmp
 
 
 def test_the_null_record_is_black_with_label_and_weight_zero():
-    pixels, labels, weights = open_examples(Data(), SIDE, 1).read([-1, 3, -1])
+    pixels, labels, weights = batch(open_examples(Data(), SIDE, 1), [-1, 3, -1])
     assert torch.equal(pixels[0], torch.full((1, SIDE, SIDE), -1.0))
     assert torch.equal(pixels[2], pixels[0])
     assert labels[0] == labels[2] == 0
@@ -251,7 +267,7 @@ def test_an_id_outside_the_rows_is_an_error(wrong):
 
 
 def test_an_empty_batch_reads_as_no_rows():
-    images, labels, weights = open_examples(Data(), SIDE, 1).read(np.zeros(0, np.int64))
+    images, labels, weights = batch(open_examples(Data(), SIDE, 1), np.zeros(0, np.int64))
     assert (images.shape, labels.shape, weights.shape) == ((0, 1, SIDE, SIDE), (0,), (0,))
 
 
@@ -314,7 +330,7 @@ def only(tmp_path: Path, content: bytes, channels: int, side: int = 1, name: str
     data = image_folder(tmp_path, {name: content})
     images = open_examples(Data(dataset_name=data.dataset_name, **options), side, channels)
     assert images.problems == []
-    return np.rint((images.read([0])[0][0].numpy() + 1) * 127.5).astype(int)
+    return np.rint((images.read([0]).clean[0, 0].numpy() + 1) * 127.5).astype(int)
 
 
 GREY16 = np.array([[0, 128, 129, 65535]], np.uint16)
@@ -391,8 +407,8 @@ def test_a_base_of_other_channels_is_refused():
 def test_bad_labels_make_null_records_and_good_ones_keep_theirs(tmp_path):
     labels = pa.array([0, None, 2, -1, 1, 7], pa.int64())
     images = open_examples(parquet(tmp_path / "x.parquet", [PNG] * 6, labels, ("a", "b", "c")), SIDE, 3)
-    assert images.read(range(6))[1].tolist() == [0, 0, 2, 0, 1, 0]
-    assert images.read(range(6))[2].tolist() == [1, 0, 1, 0, 1, 0]
+    assert images.read(range(6)).labels.tolist() == [0, 0, 2, 0, 1, 0]
+    assert images.read(range(6)).weights.tolist() == [1, 0, 1, 0, 1, 0]
     assert images.class_names == ("a", "b", "c")
 
 
@@ -413,14 +429,14 @@ def test_bad_labels_make_null_records_and_good_ones_keep_theirs(tmp_path):
 def test_labels_of_any_type_are_names_or_positions_or_null(tmp_path, labels, weights):
     data = parquet(tmp_path / "x.parquet", [PNG] * len(labels), labels)
     images = open_examples(Data(dataset_name=data.dataset_name, class_names=("no", "yes")), SIDE, 3)
-    assert images.read(range(len(labels)))[2].tolist() == weights
+    assert images.read(range(len(labels))).weights.tolist() == weights
 
 
 def test_class_names_given_in_another_order_keep_each_name_with_its_images(tmp_path):
     data = parquet(tmp_path / "x.parquet", [PNG] * 3, [0, 1, 2], ("a", "b", "c"))
     images = open_examples(Data(dataset_name=data.dataset_name, class_names=("c", "a")), SIDE, 3)
-    assert images.read(range(3))[1].tolist() == [1, 0, 0]
-    assert images.read(range(3))[2].tolist() == [1, 0, 1]
+    assert images.read(range(3)).labels.tolist() == [1, 0, 0]
+    assert images.read(range(3)).weights.tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize("labels", [[0, 1], ["a", "b"]])
@@ -452,7 +468,7 @@ def test_folders_without_sub_folders_and_runs_without_label_column_are_unlabelle
         images = open_examples(Data(dataset_name=name.dataset_name, label_column=column), SIDE, 3)
         assert images.class_names is None
         assert images.problems == []
-        assert images.read([0])[1].tolist() == [0]
+        assert images.read([0]).labels.tolist() == [0]
 
 
 # Malformed records
@@ -463,12 +479,12 @@ def test_malformed_images_of_every_kind_count_as_nothing_and_good_ones_between_t
     assert len(malformed) >= 45
     contents = [content for broken in malformed.values() for content in (broken, PNG)]
     images = open_examples(parquet(tmp_path / "x.parquet", contents, [1] * len(contents), ("a", "b")), SIDE, 3)
-    null, good = images.read(range(0, len(contents), 2)), images.read(range(1, len(contents), 2))
+    null, good = batch(images, range(0, len(contents), 2)), batch(images, range(1, len(contents), 2))
     assert dict(zip(malformed, null[2].tolist(), strict=True)) == dict.fromkeys(malformed, 0.0)
     assert bool((null[0] == -1).all()) and bool((null[1] == 0).all())
     assert bool((good[2] == 1).all()) and bool((good[0] == good[0][0]).all()) and bool((good[1] == 1).all())
     files = {f"{index:02d}.png": content for index, content in enumerate(malformed.values()) if content is not None}
-    assert open_examples(image_folder(tmp_path / "files", files), SIDE, 3).read(range(len(files)))[2].sum() == 0
+    assert open_examples(image_folder(tmp_path / "files", files), SIDE, 3).read(range(len(files))).weights.sum() == 0
 
 
 def test_no_label_however_odd_stops_a_run_or_fills_the_list_of_problems(tmp_path):
@@ -478,13 +494,15 @@ def test_no_label_however_odd_stops_a_run_or_fills_the_list_of_problems(tmp_path
         SIDE,
         3,
     )
-    assert images.read(range(11))[2].tolist() == [0] * 10 + [1]
+    assert images.read(range(11)).weights.tolist() == [0] * 10 + [1]
     assert max(len(problem.reason) for problem in images.problems) <= 200
 
 
-def test_images_too_many_for_memory_are_refused_without_telling_how_many(tmp_path):
-    with pytest.raises(UserError, match="does not fit into memory") as caught:
-        open_examples(parquet(tmp_path / "x.parquet", [PNG] * 4711), 10**5, 3)
+def test_images_too_many_for_the_disk_are_refused_without_telling_how_many(tmp_path, monkeypatch):
+    needed = 4711 * (3 * SIDE**2 + 8 + 4)  # with labels and weights; the null record does not fit any more
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed))
+    with pytest.raises(UserError, match="no room for the images") as caught:
+        open_examples(parquet(tmp_path / "x.parquet", [PNG] * 4711), SIDE, 3)
     assert "471" not in str(caught.value)
 
 
@@ -514,11 +532,11 @@ def test_of_a_group_the_first_readable_rows_up_to_the_cap_are_used_whatever_othe
     for group, state in rows:
         expected.append(float(bool(group) and state == "good" and used[group] < cap))
         used[group] += expected[-1]
-    pixels, labels, weights = images.read(range(len(rows)))
+    pixels, labels, weights = batch(images, range(len(rows)))
     assert weights.tolist() == expected and len(images) == len(rows)
     without = grouped(tmp_path / "y.parquet", [(None, "broken") if row[0] == victim else row for row in rows], cap)
     others = [index for index, (group, _) in enumerate(rows) if group != victim]
-    for before, after in zip((pixels, labels, weights), without.read(range(len(rows))), strict=True):
+    for before, after in zip((pixels, labels, weights), batch(without, range(len(rows))), strict=True):
         assert torch.equal(before[others], after[others])
 
 
@@ -542,13 +560,13 @@ def test_of_a_group_the_first_readable_rows_up_to_the_cap_are_used_whatever_othe
 def test_groups_of_any_single_value_are_told_apart_and_missing_ones_are_nobody(tmp_path, groups, weights):
     data = parquet(tmp_path / "x.parquet", [PNG] * len(groups), owner=groups)
     grouped_by = Data(dataset_name=data.dataset_name, label_column=None, group_column="owner", max_examples_per_group=1)
-    assert open_examples(grouped_by, SIDE, 3).read(range(len(groups)))[2].tolist() == weights
+    assert open_examples(grouped_by, SIDE, 3).read(range(len(groups))).weights.tolist() == weights
 
 
 def test_the_label_may_be_the_group(tmp_path):
     data = parquet(tmp_path / "x.parquet", [PNG] * 4, [0, 1, 1, 0], ("a", "b")).dataset_name
     images = open_examples(Data(dataset_name=data, group_column="label", max_examples_per_group=1), SIDE, 3)
-    assert images.read(range(4))[2].tolist() == [1, 1, 0, 0]
+    assert images.read(range(4)).weights.tolist() == [1, 1, 0, 0]
 
 
 def test_no_message_tells_a_group(tmp_path):
@@ -603,14 +621,18 @@ def test_the_source_digest_knows_the_stored_images_and_nothing_of_how_they_are_u
 
 
 def test_a_file_that_cannot_be_opened_has_a_digest_too(tmp_path, monkeypatch):
-    def unreadable(*arguments, **options):
-        raise PermissionError
+    genuine = open
+
+    def unreadable(path, *arguments, **options):
+        if str(path).endswith("1.png"):
+            raise PermissionError
+        return genuine(path, *arguments, **options)
 
     data = image_folder(tmp_path, {"1.png": PNG})
     before = open_examples(data, SIDE, 3)
     monkeypatch.setattr("builtins.open", unreadable)
     after = open_examples(data, SIDE, 3)
-    assert before.source_digest != after.source_digest and after.read([0])[2].item() == 0
+    assert before.source_digest != after.source_digest and after.read([0]).weights.item() == 0
 
 
 def test_the_content_digest_changes_with_all_that_shapes_an_update_and_nothing_else(tmp_path):
@@ -636,20 +658,20 @@ def test_the_content_digest_changes_with_all_that_shapes_an_update_and_nothing_e
 
 def test_parquet_rows_without_an_image_are_null_records(tmp_path):
     images = open_examples(parquet(tmp_path / "x.parquet", [PNG, None, b"", PNG]), SIDE, 3)
-    assert images.read(range(4))[2].tolist() == [1, 0, 0, 1]
+    assert images.read(range(4)).weights.tolist() == [1, 0, 0, 1]
 
 
 def test_a_plain_binary_column_holds_images_too(tmp_path):
     pq.write_table(pa.table({"photo": pa.array([PNG, None])}), tmp_path / "x.parquet")
     data = Data(dataset_name=str(tmp_path / "x.parquet"), image_column="photo", label_column=None)
-    assert open_examples(data, SIDE, 3).read([0, 1])[2].tolist() == [1, 0]
+    assert open_examples(data, SIDE, 3).read([0, 1]).weights.tolist() == [1, 0]
 
 
 def test_files_of_a_split_are_read_in_the_order_of_their_names(tmp_path):
     for position, name in enumerate(["train-00001-of-2", "test-00000-of-1", "train-00000-of-2"]):
         parquet(tmp_path / f"{name}.parquet", [encoded(Image.new("L", (1, 1), 50 * position))] * 2)
     data = Data(dataset_name=str(tmp_path), label_column=None)
-    values = open_examples(data, 1, 1).read(range(4))[0].flatten()
+    values = open_examples(data, 1, 1).read(range(4)).clean.flatten()
     assert ((values + 1) * 127.5).round().int().tolist() == [100, 100, 0, 0]
     assert len(open_examples(Data(dataset_name=str(tmp_path), label_column=None, split="test"), 1, 1)) == 2
     with pytest.raises(UserError, match="'validation'.*test-00000-of-1.parquet"):
@@ -748,7 +770,7 @@ def test_a_repository_of_loose_images_is_refused_with_the_way_out(tmp_path):
 # Where private bytes go
 
 
-def test_no_private_byte_is_written_anywhere(tmp_path):
+def test_private_bytes_are_written_to_the_cache_and_nowhere_else(tmp_path):
     magic = bytes(np.random.default_rng(5).integers(1, 255, 24, dtype=np.uint8))
     picture = Image.frombytes("RGB", (8, 1), magic).resize((8, 8), Image.Resampling.NEAREST)
     content = encoded(picture, "PPM")
@@ -763,17 +785,24 @@ def test_no_private_byte_is_written_anywhere(tmp_path):
         folder.mkdir(parents=True)
     code = f"""
 import os, shutil
+from pathlib import Path
 from dp_peft_diffusion.diffusion.datasets import open_examples
+from dp_peft_diffusion.diffusion.encoder import PixelEncoder
 from dp_peft_diffusion.recipe import Data
 shutil.rmtree = os.unlink = os.remove = lambda *args, **kwargs: None  # what was written must stay to be found
-for source in {sources!r}:
-    assert open_examples(Data(dataset_name=source), 8, 3).read([0])[2].item() == 1
+for number, source in enumerate({sources!r}):
+    cache = Path({str(private)!r}) / f"cache {{number}}"
+    assert open_examples(Data(dataset_name=source), PixelEncoder(8, 3), cache).read([0]).weights.item() == 1
 """
     environment = os.environ | {name: str(folder) for name, folder in homes.items()}
     environment["PYTHONPATH"] = str(ROOT)
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=homes["PWD"])
-    written = [path for path in (tmp_path / "outside").rglob("*") if path.is_file() and magic[:12] in path.read_bytes()]
-    assert written == []
+    written = {path for path in tmp_path.rglob("*") if path.is_file() and magic[:12] in path.read_bytes()}
+    planar = {
+        path for path in tmp_path.rglob("*") if path.is_file() and magic[:24:3] in path.read_bytes()
+    }  # one channel of a row
+    assert planar == {private / f"cache {number}" / "clean.npy" for number in (0, 1)}
+    assert all(private in path.parents and "cache" not in str(path) for path in written)
 
 
 # Public data sets
