@@ -1,0 +1,60 @@
+"""`dp-peft pretrain`."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dp_peft_diffusion.cli.options import RecipeCommand, given_options, recipe_options
+from dp_peft_diffusion.cli.program import hint
+from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.recipe import PretrainRecipe, load_pretrain_recipe, recipe_path
+
+
+@click.command(cls=RecipeCommand)
+@click.option("--recipe", metavar="NAME", help="A recipe that comes with the package.")
+@click.option("--config", metavar="FILE", type=click.Path(path_type=Path), help="A recipe file of your own.")
+@click.option(
+    "--output_dir",
+    type=click.Path(path_type=Path),
+    help="Folder of the run.  [runs/RECIPE-base; runs/RECIPE for an autoencoder]",
+)
+@recipe_options(PretrainRecipe(dataset_name=""))
+@click.pass_context
+def pretrain(ctx: click.Context, **params: Any) -> None:
+    """Pretrain a base, or its autoencoder, on PUBLIC images. This is NOT private.
+
+    Nothing protects these images: whoever gets the base may find them in it. Private images belong to `dp-peft train`.
+    To go on after a stop, type the same command again. Options stand over the recipe, the recipe over the values in
+    brackets.
+    """
+    name, config, flags = params["recipe"], params["config"], given_options(ctx)
+    if name is not None and config is not None or not (name or config or "kind" in flags):
+        raise UserError("give one of --recipe, --config and --kind. Type for example --recipe handwriting.")
+    path = config if name is None else recipe_path(name)
+    recipe = load_pretrain_recipe(path, flags)
+    folder = params["output_dir"] or Path("runs") / run_name(recipe, path)
+    click.echo(f"Pretraining on {recipe.dataset_name}, as public images: this is NOT private and gives no promise.")
+
+    from dp_peft_diffusion.pretraining import pretrain as run
+
+    made = run(recipe, folder)
+    if recipe.kind == "autoencoder":
+        click.echo(f"Done. Autoencoder, NOT private: {made}")
+        hint(f"Train a base on its latents:\n  {_command('pretrain', '--recipe', 'NAME', '--vae', made)}")
+    else:
+        click.echo(f"Done. Base, NOT private: {made}")
+        hint(f"Train privately on it:\n  {_command('train', '--pretrained_model_name_or_path', made, '--epsilon', 1)}")
+
+
+def run_name(recipe: PretrainRecipe, path: Path | None) -> str:
+    """Name of the run's folder: that of its recipe, or else what it learns from."""
+    stem = Path(recipe.dataset_name).stem if path is None else path.stem
+    if recipe.kind != "autoencoder":
+        return f"{stem}-base"
+    return stem if stem.endswith("-vae") else f"{stem}-vae"
+
+
+def _command(*words: object) -> str:
+    return shlex.join(["dp-peft", *map(str, words)])

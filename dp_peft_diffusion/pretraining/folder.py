@@ -1,0 +1,63 @@
+"""What a pretraining leaves behind: a stock diffusers folder that says it is not private, and a grid of samples."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, EDMEulerScheduler, UNet2DModel
+
+from dp_peft_diffusion.diffusion.base_model import BaseLayout, load_base, save_base
+from dp_peft_diffusion.diffusion.grids import image_grid
+from dp_peft_diffusion.diffusion.samplers import sample_images
+from dp_peft_diffusion.recipe import PretrainRecipe
+
+BASE, AUTOENCODER = "base", "vae"  # sub-folders of the output folder
+README = """# Made by `dp-peft pretrain`: NOT private
+
+These weights were trained on {images}, taken as PUBLIC images, without any protection. Whoever has the weights may find
+those images in them. No epsilon belongs to this folder. If the images were not public, delete it.
+
+It holds {what}, which stock diffusers opens. What it is made for:
+
+```sh
+{next}
+```
+"""
+
+
+def write_base(
+    recipe: PretrainRecipe,
+    output_dir: Path,
+    unet: UNet2DModel,
+    scheduler: DDPMScheduler | EDMEulerScheduler,
+    layout: BaseLayout,
+    vae: AutoencoderKL | None,
+    device: torch.device,
+) -> None:
+    """Write a base, read it back as its users will, and draw a grid of public classes from it."""
+    folder = output_dir / BASE
+    save_base(folder, unet, scheduler, layout)
+    if vae is not None:
+        vae.save_pretrained(folder / AUTOENCODER)
+    write_readme(folder, recipe)
+    base = load_base(str(folder)).to(device)
+    labels = None if layout.null_class is None else torch.arange(64) * layout.null_class // 64
+    conditions = None if labels is None else {"class_labels": labels}
+    images = sample_images(base, conditions, num_images=64, seed=0, device=device)
+    image_grid(images, columns=8).save(output_dir / "samples.png")
+
+
+def write_readme(folder: Path, recipe: PretrainRecipe) -> None:
+    """Say in the folder itself what it must not be taken for."""
+    images = Path(recipe.dataset_name).name  # not where it lay on somebody's machine
+    size = f"{recipe.resolution} x {recipe.resolution} {'grey' if recipe.image_channels == 1 else 'colour'} images"
+    if recipe.kind == "autoencoder":
+        what, follow = f"an autoencoder of {size}", "dp-peft pretrain --kind latent --vae THIS_FOLDER"
+    else:
+        what = f"a UNet that draws {size}"
+        follow = "dp-peft train --pretrained_model_name_or_path THIS_FOLDER --epsilon 1"
+    (folder / "README.md").write_text(README.format(images=images, what=what, next=follow))
+
+
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] as uint8 on the CPU, same shape."""
+    return images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).cpu()
