@@ -16,37 +16,79 @@ from dp_peft_diffusion.recipe import MAX_SEED, Data, load_recipe
 if TYPE_CHECKING:
     import numpy as np
 
+MAX_IMAGES = 1_000_003  # numbers of images that one seed has: `samplers.SEEDS_APART`
 _REAL_IMAGES = ("dataset_name", "dataset_config_name", "split", "image_column", "label_column", "center_crop")
 
 
 @click.command()
 @click.option("--adapter", metavar="FOLDER", required=True, type=click.Path(path_type=Path), help="Folder of a run.")
-@click.option("--num_images", default=64, show_default=True, type=click.IntRange(min=1), help="How many.")
+@click.option("--num_images", default=64, show_default=True, type=click.IntRange(1, MAX_IMAGES), help="How many.")
+@click.option(
+    "--first_image", default=0, show_default=True, type=click.IntRange(0, MAX_IMAGES - 1), help="Number of the first."
+)
 @click.option("--class_labels", metavar="A,B,...", help="Names or positions of classes, in turn.  [all, evenly]")
-@click.option("--scheduler", help="ddim, ddpm, dpmsolver++, or a diffusers class.  [the recipe's]")
+@click.option("--prompt", "prompts", multiple=True, help="Of a text-conditional base; several are taken in turn.")
+@click.option("--prompts_file", type=click.Path(path_type=Path), help="File of prompts, one on each line.")
+@click.option("--scheduler", help="fidelity, utility, ddim, ddpm, dpmsolver++, or a diffusers class.  [the recipe's]")
 @click.option("--num_inference_steps", type=click.IntRange(min=1), help="Denoising steps.  [the recipe's]")
 @click.option("--guidance_scale", type=click.FloatRange(min=0), help="1: none.  [the recipe's]")
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0, MAX_SEED - 1), help="Same seed, same images."
 )
+@click.option("--batch_size", type=click.IntRange(min=1), help="Images at once: memory only.  [by size of the base]")
+@click.option(
+    "--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]), help="Of the network."
+)
 @click.option("--output_dir", type=click.Path(path_type=Path), help="Where the images go.  [FOLDER-samples]")
-@click.option("--parquet", is_flag=True, help="Write images.parquet too.")
+@click.option("--parquet", is_flag=True, help="Write parquet files in place of one PNG for each image.")
 @click.option("--base", help="The base, if it lies elsewhere than the recipe says.")
-def sample(adapter: Path, class_labels: str | None, output_dir: Path | None, parquet: bool, **settings: Any) -> None:
+def sample(adapter: Path, output_dir: Path | None, **settings: Any) -> None:
     """Generate images with an adapter.
 
-    The adapter is merged into its base. This costs no privacy, however many images you take.
+    The adapter is merged into its base. This costs no privacy, however many images you take. The same command goes on
+    after a stop. Image number i is the same whatever else is made: --first_image i --num_images 1 makes it alone.
     """
     folder = output_dir or adapter.absolute().with_name(f"{adapter.absolute().name}-samples")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--output_dir {folder} is not empty. Choose another --output_dir, or remove that folder.")
-    names = None if class_labels is None else class_names(adapter, class_labels)
+    numbers = {name: settings.pop(name) for name in ("num_images", "first_image", "parquet")}
+    if numbers["first_image"] + numbers["num_images"] > MAX_IMAGES:
+        raise UserError(f"a seed has images 0 to {MAX_IMAGES - 1}. For more, take another --seed.")
+    labels, file = settings.pop("class_labels"), settings.pop("prompts_file")
+    settings["class_labels"] = None if labels is None else class_names(adapter, labels)
+    if file is not None:
+        settings["prompts"] += read_prompts(file)
 
-    from dp_peft_diffusion.diffusion.generation import generate, write_images
+    import torch
 
-    images, labels = generate(adapter, class_labels=names, **settings)
-    write_images(folder, images, labels, parquet=parquet)
-    click.echo(f"{len(images)} images: {folder / 'images'}  grid: {folder / 'grid.png'}")
+    from dp_peft_diffusion.diffusion.generation import open_source
+    from dp_peft_diffusion.diffusion.image_files import check_folder, write_images
+
+    check_folder(folder)
+    settings["dtype"] = getattr(torch, settings["dtype"])
+    source = open_source(adapter, device=fastest_device(), **settings)
+    write_images(folder, source, **numbers)
+    click.echo(f"{numbers['num_images']} images: {folder / 'images'}  grid: {folder / 'grid.png'}")
+
+
+def fastest_device() -> str:
+    """The GPU, if torch can use one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def read_prompts(file: Path) -> tuple[str, ...]:
+    """The lines of a text file, without blank ones.
+
+    Raises:
+        UserError: it cannot be read as UTF-8 text, or holds none.
+    """
+    try:
+        lines = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prompts_file {file}: {error}. Give a text file with one prompt on each line.") from error
+    if not lines:
+        raise UserError(f"--prompts_file {file} holds no prompt. Write one on each line.")
+    return lines
 
 
 def class_names(adapter: Path, text: str) -> list[str]:
@@ -117,6 +159,7 @@ def evaluate(synthetic: Path, class_names: str | None, **settings: Any) -> None:
 
 def _evaluate(path: Path, names: tuple[str, ...] | None, **settings: Any) -> dict[str, Any]:
     from dp_peft_diffusion.diffusion.datasets import open_examples
+    from dp_peft_diffusion.diffusion.encoder import PixelEncoder
     from dp_peft_diffusion.evaluation import utility
 
     is_run = any((path / name).is_file() for name in ("recipe.yaml", "adapter_config.json"))
@@ -127,7 +170,8 @@ def _evaluate(path: Path, names: tuple[str, ...] | None, **settings: Any) -> dic
     else:
         names = names or listed_classes(data)
         images, labels = utility.load_synthetic(path, names)
-    real = open_examples(replace(data, class_names=names), images.shape[2], images.shape[1])
+    pixels = PixelEncoder(resolution=images.shape[2], image_channels=images.shape[1])
+    real = open_examples(replace(data, class_names=names), pixels, None)
     real_images, real_labels = real.valid_arrays()
     if settings["evaluation_resolution"] is not None:
         images, real_images = (utility.to_side(x, settings["evaluation_resolution"]) for x in (images, real_images))
@@ -156,6 +200,6 @@ def sampled(folder: Path, names: tuple[str, ...], settings: dict[str, Any]) -> t
     from dp_peft_diffusion.diffusion.generation import generate
 
     wanted = {key: settings[key] for key in ("num_images", "guidance_scale", "seed", "base")}
-    images, labels = generate(folder, class_labels=names, **wanted)
+    images, labels = generate(folder, class_labels=names, device=fastest_device(), **wanted)
     arrays = np.stack([np.atleast_3d(np.asarray(image)).transpose(2, 0, 1) for image in images])
     return arrays, np.array([names.index(label) for label in labels or ()])

@@ -1,177 +1,229 @@
-"""Sampling from a base or a merged model with any diffusers scheduler, and image grids."""
+"""Images from a shareable folder: what each of them shows, and the base that its adapter goes on."""
 
-import csv
-import inspect
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import datasets
-import diffusers
-import numpy as np
 import torch
-from diffusers import SchedulerMixin
 from PIL import Image
+from torch import Tensor
 
+from dp_peft_diffusion import recipe as recipes
 from dp_peft_diffusion.diffusion.adapters import load_whole_model, merge_adapter
+from dp_peft_diffusion.diffusion.autoencoding import load_autoencoder
+from dp_peft_diffusion.diffusion.base_folder import find_folder
 from dp_peft_diffusion.diffusion.base_model import BaseModel, load_base
+from dp_peft_diffusion.diffusion.conditions import LABEL, class_prompts, null_conditions
+from dp_peft_diffusion.diffusion.grids import to_pil
+from dp_peft_diffusion.diffusion.samplers import default_batch_size, sample_images
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.privacy import certificate
 from dp_peft_diffusion.privacy.adapter_files import holds_whole_model
 from dp_peft_diffusion.privacy.certificate_form import FILE_NAME
 from dp_peft_diffusion.recipe import Recipe, load_recipe
 
-SCHEDULERS = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "dpmsolver++": "DPMSolverMultistepScheduler"}
 
+@dataclass(frozen=True)
+class ImageSource:
+    """A model, and what its images show: image i shows entry i of the labels, rows and prompts, taken in turn.
 
-def make_scheduler(base: BaseModel, name: str) -> SchedulerMixin:
-    """A sampler on the base's own noise schedule: a short name, or a diffusers class name.
-
-    Raises:
-        UserError: diffusers has no such scheduler.
+    sample: scheduler, num_inference_steps, guidance_scale and seed.
     """
-    class_name = SCHEDULERS.get(name, name)
-    if class_name not in dir(diffusers) or not class_name.endswith("Scheduler"):
-        raise UserError(f"--scheduler {name!r}: diffusers has no such scheduler. Try {', '.join(SCHEDULERS)}.")
-    return getattr(diffusers, class_name).from_config(base.scheduler.config)
+
+    base: BaseModel
+    sample: recipes.Sample
+    labels: tuple[str, ...] | None  # names of classes
+    rows: tuple[int, ...] | None  # theirs in the class table
+    prompts: tuple[str, ...] | None  # of a text-conditional base
+    batch_size: int
+    dtype: torch.dtype
+    device: torch.device | str
+
+    def batches(self, ids: range) -> Iterator[tuple[range, Tensor]]:
+        """The ids of a batch and its images (n, c, side, side) uint8, for all of `ids`."""
+        for start in range(ids.start, ids.stop, self.batch_size):
+            batch = range(start, min(ids.stop, start + self.batch_size))
+            yield (
+                batch,
+                sample_images(
+                    self.base,
+                    self.conditions(batch),
+                    num_images=len(batch),
+                    first_image=start,
+                    seed=self.sample.seed,
+                    scheduler=self.sample.scheduler,
+                    num_inference_steps=self.sample.num_inference_steps,
+                    guidance_scale=self.sample.guidance_scale,
+                    batch_size=self.batch_size,
+                    dtype=self.dtype,
+                    device=self.device,
+                ),
+            )
+
+    def conditions(self, ids: range) -> dict[str, Tensor]:
+        """What the network is told of these images."""
+        if self.prompts is not None and self.base.text is not None:
+            wanted = [self.prompts[i % len(self.prompts)] for i in ids]
+            distinct = list(dict.fromkeys(wanted))
+            places = torch.tensor([distinct.index(prompt) for prompt in wanted])
+            return {name: rows[places.to(rows.device)] for name, rows in self.base.text.encode(distinct).items()}
+        if self.rows is not None:
+            return {"class_labels": torch.tensor([self.rows[i % len(self.rows)] for i in ids])}
+        return null_conditions(self.base, len(ids))
+
+    def told(self, i: int) -> dict[str, str]:
+        """What is written beside image i: its `label`, its `text`."""
+        columns = {"label": self.labels, "text": self.prompts}
+        return {name: entries[i % len(entries)] for name, entries in columns.items() if entries is not None}
 
 
-@torch.no_grad()
-def sample_images(
-    base: BaseModel,
-    class_labels: torch.Tensor | None,  # (n,) rows of the class table; None for an unconditional base
+def open_source(
+    folder: Path | str,
     *,
-    num_images: int | None = None,
-    seed: int,
-    scheduler: str = "ddim",
-    num_inference_steps: int = 25,
-    guidance_scale: float = 1.0,
-    batch_size: int = 256,
+    class_labels: Sequence[str] | None = None,
+    prompts: Sequence[str] | None = None,
+    scheduler: str | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    base: str | None = None,
+    batch_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> torch.Tensor:
-    """Images (n, c, side, side) uint8. Image i depends on `seed` and i alone, not on the batch.
+) -> ImageSource:
+    """A shareable folder as a source of images: the adapter merged into its base in float32, or the whole model in it.
 
-    guidance_scale: classifier-free guidance (Ho and Salimans 2022, eq. 6, as 1 + w); 1 is without.
+    class_labels, prompts: taken in turn; None takes all classes in turn. What is None is as in the folder's recipe.
 
     Raises:
-        UserError: guidance asked of a base that has no null class.
+        UserError: unknown class name, not an adapter folder, another base than it was trained on, or no prompts.
     """
-    if guidance_scale != 1.0 and class_labels is not None and base.layout.null_class is None:
-        raise UserError("--guidance_scale needs a base with a null class; this one has none. Leave it at 1.")
-    n = len(class_labels) if class_labels is not None else num_images or 0
-    shape = (base.unet.config.in_channels, *[base.resolution // base.layout.pixel_packing] * 2)
-    parts = []
-    for start in range(0, n, batch_size):
-        ids = range(start, min(n, start + batch_size))
-        generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in ids]
-        noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-        labels = None if class_labels is None else class_labels[start : ids.stop].to(device)
-        try:
-            sampler = make_scheduler(base, scheduler)
-            sampler.set_timesteps(num_inference_steps, device=device)
-            x = _denoise(base, sampler, noise * sampler.init_noise_sigma, labels, guidance_scale, generators)
-        except (AttributeError, ImportError, TypeError, ValueError) as error:
-            raise UserError(
-                f"--scheduler {scheduler} with {num_inference_steps} steps does not fit this base: {error}. "
-                f"Try {', '.join(SCHEDULERS)}."
-            ) from error
-        parts.append(base.decode(x).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).cpu())
-    return torch.cat(parts) if parts else torch.zeros(0, base.image_channels, base.resolution, base.resolution).byte()
+    folder = Path(folder)
+    recipe = load_recipe(folder / "recipe.yaml")
+    loaded = base_of(folder, recipe, base)
+    labels = choose_labels(loaded, recipe, class_labels, prompts)
+    names, rows = recipe.data.class_names or (), recipe.adapter.class_rows
+    given: dict[str, Any] = {
+        "scheduler": scheduler,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+    }
+    unet = loaded.unet if holds_whole_model(folder) else merge_adapter(loaded.unet, folder)
+    return ImageSource(
+        base=replace(loaded, unet=unet).to(device),
+        sample=replace(recipe.sample, seed=seed, **{key: value for key, value in given.items() if value is not None}),
+        labels=labels,
+        rows=None if labels is None or rows is None else tuple(rows[names.index(label)] for label in labels),
+        prompts=choose_prompts(loaded, recipe, prompts, labels),
+        batch_size=batch_size or default_batch_size(loaded),
+        dtype=dtype,
+        device=device,
+    )
 
 
-def _denoise(
-    base: BaseModel,
-    sampler: SchedulerMixin,
-    x: torch.Tensor,  # (b, c, h, w)
-    labels: torch.Tensor | None,
-    guidance_scale: float,
-    generators: list[torch.Generator],
-) -> torch.Tensor:
-    takes_generator = "generator" in inspect.signature(sampler.step).parameters
-    extra = {"generator": generators} if takes_generator else {}
-    for t in sampler.timesteps:
-        scaled = sampler.scale_model_input(x, t)
-        prediction = base.unet(scaled, t, class_labels=labels).sample
-        if guidance_scale != 1.0 and labels is not None and base.layout.null_class is not None:
-            null = base.unet(scaled, t, class_labels=torch.full_like(labels, base.layout.null_class)).sample
-            prediction = null + guidance_scale * (prediction - null)
-        x = sampler.step(prediction, t, x, **extra).prev_sample
-    return x
+def choose_labels(
+    base: BaseModel, recipe: Recipe, wanted: Sequence[str] | None, prompts: Sequence[str] | None
+) -> tuple[str, ...] | None:
+    """The names of classes that images take in turn: those wanted, or all; None where prompts or nothing is shown.
+
+    Raises:
+        UserError: a name that is no class, or classes where there are none.
+    """
+    if wanted and prompts:
+        raise UserError("--class_labels and --prompt both say what to show. Leave one of them out.")
+    names = recipe.data.class_names
+    if names is None or (base.text is None and recipe.adapter.class_rows is None):
+        if wanted:
+            raise UserError("this adapter has no classes; leave out --class_labels.")
+        return None
+    return None if prompts else tuple(names[i] for i in class_indices(names, wanted, len(wanted or names)))
 
 
-def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """(n, c, h, w) uint8 -> PIL images, grey or RGB."""
-    arrays = images.permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays]
+def choose_prompts(
+    base: BaseModel, recipe: Recipe, prompts: Sequence[str] | None, labels: Sequence[str] | None
+) -> tuple[str, ...] | None:
+    """The prompts that images take in turn: those given, those of the labels, or those of the recipe's grids.
 
+    Never captions, which are private.
 
-def image_grid(images: torch.Tensor, columns: int, zoom: int = 2) -> Image.Image:
-    """One picture of all images (n, c, h, w) uint8, row by row, with a thin grey line between."""
-    n, c, h, w = images.shape
-    rows = -(-n // columns)
-    canvas = np.full((rows * (h + 1) + 1, columns * (w + 1) + 1, c), 96, np.uint8)
-    for index, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        top, left = 1 + index // columns * (h + 1), 1 + index % columns * (w + 1)
-        canvas[top : top + h, left : left + w] = image
-    picture = Image.fromarray(canvas[..., 0] if c == 1 else canvas)
-    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    Raises:
+        UserError: prompts for a base that reads no text, or none for one that does.
+    """
+    if base.text is None:
+        if prompts:
+            raise UserError(f"--prompt: base {base.name!r} reads no text. Use --class_labels, or leave it out.")
+        return None
+    template = recipe.data.prompt_template
+    if prompts or labels:
+        return tuple(prompts or class_prompts(labels, template))
+    if recipe.sample.prompts or LABEL not in template:
+        return recipe.sample.prompts or (template,)
+    raise UserError(
+        "this adapter was trained on captions, which are private. Say what to show: --prompt 'a photo of ...'"
+    )
 
 
 def generate(
     folder: Path | str,
     *,
     num_images: int = 64,
+    first_image: int = 0,
     class_labels: Sequence[str] | None = None,
+    prompts: Sequence[str] | None = None,
     scheduler: str | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     seed: int = 0,
     base: str | None = None,
+    batch_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[list[Image.Image], list[str] | None]:
-    """Sample from a shareable folder: the adapter merged into its base in float32, or the whole model in it.
+    """Sample from a shareable folder, as `open_source` says, which has the options.
 
-    class_labels: class names, taken in turn; None takes all classes in turn. What is None is as in
-    the folder's recipe. Returns PIL images, and their class names (None if the adapter has no classes).
+    first_image: the first of the images; image i alone is first_image=i, num_images=1.
+
+    Returns PIL images, and their class names (None if they have none).
 
     Raises:
-        UserError: unknown class name, not an adapter folder, or another base than it was trained on.
+        UserError: what `open_source` and `sample_images` refuse.
     """
-    recipe = load_recipe(Path(folder) / "recipe.yaml")
-    loaded = base_of(Path(folder), recipe, base)
-    names, rows = recipe.data.class_names, recipe.adapter.class_rows
-    if class_labels and (names is None or rows is None):
-        raise UserError(f"adapter {folder} has no classes; leave out --class_labels.")
-    labels = None if names is None or rows is None else class_indices(names, class_labels, num_images)
-    unet = loaded.unet if holds_whole_model(folder) else merge_adapter(loaded.unet, folder)
-    merged = replace(loaded, unet=unet.to(device))
-    images = sample_images(
-        merged,
-        class_rows(loaded, rows, labels, num_images),
-        num_images=num_images,
+    source = open_source(
+        folder,
+        class_labels=class_labels,
+        prompts=prompts,
+        scheduler=scheduler,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
         seed=seed,
-        scheduler=scheduler or recipe.sample.scheduler,
-        num_inference_steps=num_inference_steps or recipe.sample.num_inference_steps,
-        guidance_scale=recipe.sample.guidance_scale if guidance_scale is None else guidance_scale,
+        base=base,
+        batch_size=batch_size,
+        dtype=dtype,
         device=device,
     )
-    return to_pil(images), None if labels is None or names is None else [names[i] for i in labels]
+    ids = range(first_image, first_image + num_images)
+    images = [image for _, batch in source.batches(ids) for image in to_pil(batch)]
+    return images, None if source.labels is None else [source.told(i)["label"] for i in ids]
 
 
 def base_of(folder: Path, recipe: Recipe, base: str | None) -> BaseModel:
     """The base that a folder's adapter goes on, loaded from `base` or from where the recipe says.
 
-    A folder with a whole model is its own base.
+    A folder with a whole model is its own base, but for the autoencoder that it was trained with.
 
     Raises:
         UserError: nobody says where the base lies, or it is another than was trained on.
     """
-    if holds_whole_model(folder):
-        return load_whole_model(folder)
-    name = recipe.model.pretrained_model_name_or_path
+    name, revision = base or recipe.model.pretrained_model_name_or_path, None if base else recipe.model.revision
+    whole = load_whole_model(folder) if holds_whole_model(folder) else None
+    if whole is not None and base is None and whole.image_channels in (1, 3):
+        return whole
     if base is None and name.startswith("./"):
         raise UserError(f"{folder} was trained on a base in a local folder. Say where it lies: --base PATH/{name[2:]}")
-    loaded = load_base(base or name, None if base else recipe.model.revision)
+    if whole is not None:
+        return replace(whole, vae=load_autoencoder(find_folder(name, revision), name))
+    loaded = load_base(name, revision)
     check_base(loaded, folder)
     return loaded
 
@@ -192,17 +244,6 @@ def check_base(base: BaseModel, folder: Path) -> None:
         )
 
 
-def class_rows(
-    base: BaseModel, rows: Sequence[int] | None, labels: Sequence[int] | None, num_images: int
-) -> torch.Tensor | None:
-    """Rows of the class table (n,) for private classes; the null row without classes; None if there is no table."""
-    if base.num_class_embeds is None:
-        return None
-    if rows is None or labels is None:
-        return torch.full((num_images,), base.layout.null_class or 0)
-    return torch.tensor(rows)[torch.tensor(labels)]
-
-
 def class_indices(names: Sequence[str], wanted: Sequence[str] | None, num_images: int) -> list[int]:
     """The class of each image: the wanted names (default all) in turn.
 
@@ -214,23 +255,3 @@ def class_indices(names: Sequence[str], wanted: Sequence[str] | None, num_images
         raise UserError(f"--class_labels {unknown[0]!r} is not a class of this adapter. There is: {', '.join(names)}")
     chosen = [names.index(name) for name in wanted or names]
     return [chosen[i % len(chosen)] for i in range(num_images)]
-
-
-def write_images(folder: Path, images: list[Image.Image], labels: list[str] | None, parquet: bool = False) -> None:
-    """Write PNGs with a metadata.csv as `datasets` reads them, a grid, and a parquet file on request."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    files = [f"{index:06d}.png" for index in range(len(images))]
-    for name, image in zip(files, images, strict=True):
-        image.save(folder / "images" / name)
-    with open(folder / "images" / "metadata.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file_name"] if labels is None else ["file_name", "label"])
-        writer.writerows([name] if labels is None else [name, labels[i]] for i, name in enumerate(files))
-    stacked = torch.stack([torch.from_numpy(np.atleast_3d(np.array(image))) for image in images]).permute(0, 3, 1, 2)
-    image_grid(stacked[:400], columns=min(20, max(1, int(len(images) ** 0.5)))).save(folder / "grid.png")
-    if parquet:
-        rows: dict = {"image": images} | ({} if labels is None else {"label": labels})
-        features = datasets.Features(
-            {"image": datasets.Image()} | ({} if labels is None else {"label": datasets.Value("string")})
-        )
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "images.parquet")

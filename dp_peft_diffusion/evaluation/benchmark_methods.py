@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dp_peft_diffusion.diffusion.draws import draw_noise, draw_timesteps
+from dp_peft_diffusion.diffusion.draws import draw_levels, draw_noise
+from dp_peft_diffusion.diffusion.noise_levels import level_quantile
+from dp_peft_diffusion.diffusion.objectives import make_objective
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.evaluation.benchmark_models import MadeUpBatch, Problem, build
 from dp_peft_diffusion.gradients.clipper import PerSampleClipper
@@ -15,6 +17,7 @@ from dp_peft_diffusion.gradients.noise import add_noise
 from dp_peft_diffusion.gradients.optimizer import apply_update, make_optimizer
 from dp_peft_diffusion.privacy.poisson import example_ids
 from dp_peft_diffusion.privacy.randomness import KEY_BYTES
+from dp_peft_diffusion.recipe import Train
 
 MAX_GRAD_NORM = 0.15  # near the norms of these made-up gradients, and below most: clipping takes part in the check
 CHECKED_EXAMPLES = 3
@@ -125,7 +128,9 @@ def opacus_ghost(problem: Problem) -> Step:
 def whole_step(problem: Problem) -> Step:
     """A step as training takes it. The sample is cut or repeated to b ids, so that every step is as long."""
     clipper = PerSampleClipper(problem.model, MAX_GRAD_NORM)
-    optimizer = make_optimizer("adam", clipper.parameters, learning_rate=1e-6)
+    train = Train(learning_rate=1e-6)
+    optimizer = make_optimizer(train, clipper.parameters, 0.0)
+    quantile = level_quantile(train, make_objective(problem.scheduler))
     number = 0
 
     def step(batch: MadeUpBatch) -> None:
@@ -134,7 +139,7 @@ def whole_step(problem: Problem) -> Step:
         b, k = batch["timesteps"].shape
         ids = np.resize(np.append(example_ids(PUBLIC_KEY, number, NUM_EXAMPLES, b / NUM_EXAMPLES), 0), b)
         noise = draw_noise(PUBLIC_KEY, number, ids, k, tuple(batch["clean"].shape[1:]))
-        timesteps = draw_timesteps(PUBLIC_KEY, number, ids, k, problem.scheduler.config.num_train_timesteps)
+        timesteps = draw_levels(PUBLIC_KEY, number, ids, k, 1, quantile)
         drawn = {"noise": noise.to(problem.device), "timesteps": timesteps.to(problem.device)}
         total = clipper.clipped_sum_of(problem.loss_fn, {**batch, **drawn})
         noisy = add_noise(total, MAX_GRAD_NORM, PUBLIC_KEY, number)

@@ -9,7 +9,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from dp_peft_diffusion.diffusion.objectives import denoising_losses
+from dp_peft_diffusion.diffusion.objectives import make_objective
 from dp_peft_diffusion.evaluation.benchmark_cases import MODELS, TARGET_MODULES, Case, ModelSize
 from dp_peft_diffusion.gradients.functional import LossFn
 
@@ -92,9 +92,11 @@ def _make_loss(case: Case, scheduler: diffusers.DDPMScheduler, device: torch.dev
     def autocast() -> AbstractContextManager[None]:
         return torch.autocast(device.type, torch.bfloat16, enabled=case.mixed_precision == "bf16")
 
+    objective = make_objective(scheduler)
+
     def loss_fn(model: nn.Module, batch: MadeUpBatch) -> Tensor:
         denoise = _denoiser(model, batch, autocast)
-        return denoising_losses(denoise, scheduler, batch["clean"], batch["noise"], batch["timesteps"])
+        return objective.losses(denoise, batch["clean"].unsqueeze(1), batch["noise"], batch["timesteps"])
 
     return loss_fn
 

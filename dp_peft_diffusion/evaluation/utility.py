@@ -72,14 +72,14 @@ def to_side(images: np.ndarray, side: int) -> np.ndarray:
 def load_synthetic(path: Path, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Images (n, c, h, w) uint8 and class indices (n,) of a folder that `dp-peft sample` wrote, or a parquet file.
 
-    A folder holds images/metadata.csv (or metadata.csv), with columns file_name and label; a parquet file has columns
-    image and label. Labels are class names, or their indices.
+    A folder holds images/metadata.csv (or metadata.csv), with columns file_name and label, or parquet files in images/
+    (or itself); these have columns image and label. Labels are class names, or their indices.
 
     Raises:
         UserError: no such files, labels that are no classes, or images that differ in shape.
     """
     try:
-        rows = _read_parquet(path) if path.suffix == ".parquet" else _read_folder(path)
+        rows = _read_folder(path) if path.is_dir() else _read_parquet(path)
         arrays = [np.atleast_3d(np.asarray(image)).transpose(2, 0, 1) for image, _ in rows]
     except (OSError, KeyError, ValueError) as error:  # PIL, pyarrow and csv raise these
         raise UserError(f"{str(path)!r} holds no labelled synthetic images ({error}). Run dp-peft sample.") from error
@@ -92,12 +92,13 @@ def load_synthetic(path: Path, class_names: Sequence[str]) -> tuple[np.ndarray, 
     return np.stack(arrays), np.array([positions[str(label)] for _, label in rows], np.int64)
 
 
-def _read_folder(folder: Path) -> list[tuple[Image.Image, str]]:
-    nested = folder / "images" / "metadata.csv"
-    table = nested if nested.is_file() else folder / "metadata.csv"
-    with open(table, newline="", encoding="utf-8") as file:
+def _read_folder(folder: Path) -> list[tuple[Image.Image, str | int]]:
+    place = folder / "images" if (folder / "images").is_dir() else folder
+    if shards := sorted(place.glob("*.parquet")):
+        return [row for shard in shards for row in _read_parquet(shard)]
+    with open(place / "metadata.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    return [(Image.open(BytesIO((table.parent / row["file_name"]).read_bytes())), row["label"]) for row in rows]
+    return [(Image.open(BytesIO((place / row["file_name"]).read_bytes())), row["label"]) for row in rows]
 
 
 def _read_parquet(path: Path) -> list[tuple[Image.Image, str | int]]:

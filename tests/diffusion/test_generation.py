@@ -1,73 +1,184 @@
-import datasets
+"""Images from shareable folders of every family: what they show, and that each can be made again alone."""
+
+import dataclasses
+import shutil
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tiny_models import tiny_base_folder
+from tiny_bases import BASES
 
+from dp_peft_diffusion.diffusion.adapters import inject_adapter
 from dp_peft_diffusion.diffusion.base_model import load_base
-from dp_peft_diffusion.diffusion.generation import (
-    class_indices,
-    image_grid,
-    make_scheduler,
-    sample_images,
-    to_pil,
-    write_images,
-)
+from dp_peft_diffusion.diffusion.generation import class_indices, generate, open_source
 from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, Recipe, Sample, load_recipe, to_yaml
+from dp_peft_diffusion.sharing.export import write_weights
+
+NAMES = ("cat", "dog")
+SAMPLE = Sample(num_inference_steps=2, guidance_scale=2.0)
+LORA = Adapter(rank=2, target_modules=("to_q",))
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return load_base(str(tiny_base_folder(tmp_path_factory.mktemp("bases") / "tiny")))
+def base_folder(tmp_path_factory):
+    """Name -> folder of a tiny base, each made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = BASES[name](tmp_path_factory.mktemp("bases") / name)
+        return made[name]
+
+    return get
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpmsolver++", "EulerDiscreteScheduler"])
-def test_an_image_depends_on_its_seed_and_place_not_on_the_batch(base, scheduler):
-    labels = torch.arange(5)
-    together = sample_images(base, labels, seed=3, scheduler=scheduler, num_inference_steps=3)
-    in_parts = sample_images(base, labels, seed=3, scheduler=scheduler, num_inference_steps=3, batch_size=2)
-    assert together.shape == (5, 1, 16, 16) and together.dtype == torch.uint8
-    assert (together.int() - in_parts.int()).abs().max() <= 1  # rounding of a sum in another order
-    assert not torch.equal(together, sample_images(base, labels, seed=4, num_inference_steps=3))
+def shared(folder, base_folder, adapter=LORA, data=None, sample=SAMPLE):
+    """A folder as a run leaves it, without its certificate; what trained is moved far enough to see."""
+    base = load_base(str(base_folder))
+    data = data or Data(class_names=NAMES)
+    trained = inject_adapter(base, adapter, len(NAMES) if adapter.class_rows else 0)
+    torch.manual_seed(0)
+    for parameter in trained.trainable.values():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    folder.mkdir()
+    write_weights(base, trained, folder)
+    model = Model(pretrained_model_name_or_path=str(base_folder))
+    recipe = Recipe(model=model, data=data, adapter=adapter, privacy=Privacy(epsilon=1.0), sample=sample)
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    return folder
 
 
-def test_guidance_one_is_no_guidance_and_guidance_follows_the_formula(base):
-    class Affine(torch.nn.Module):
-        """Predicts its label, so that guidance can be read off."""
-
-        config, device = base.unet.config, torch.device("cpu")
-
-        def forward(self, x, t, class_labels):
-            return type("Output", (), {"sample": class_labels.view(-1, 1, 1, 1).float().expand_as(x)})()
-
-    from dataclasses import replace
-
-    from dp_peft_diffusion.diffusion.generation import _denoise
-
-    seen = []
-
-    class Spy:
-        timesteps = [torch.tensor(1)]
-
-        def scale_model_input(self, x, t):
-            return x
-
-        def step(self, prediction, t, x):
-            seen.append(prediction)
-            return type("Output", (), {"prev_sample": x})()
-
-    fake = replace(base, unet=Affine())
-    for scale in (1.0, 3.0):
-        _denoise(fake, Spy(), torch.zeros(1, 4, 8, 8), torch.tensor([4]), scale, [])
-    null = base.layout.null_class
-    assert seen[0].unique().item() == 4.0
-    assert seen[1].unique().item() == null + 3.0 * (4 - null)
+def rewrite(folder, **sections):
+    """Other sections in the folder's recipe."""
+    recipe = dataclasses.replace(load_recipe(folder / "recipe.yaml"), **sections)
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
 
 
-def test_an_unknown_scheduler_is_refused(base):
-    with pytest.raises(UserError, match="ddim"):
-        make_scheduler(base, "fastest")
+def arrays(images):
+    return np.stack([np.array(image) for image in images]).astype(int)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory, base_folder):
+    """Class rows 10 and 11 of a pixel base."""
+    spec = dataclasses.replace(LORA, class_rows=(10, 11))
+    return shared(tmp_path_factory.mktemp("runs") / "labelled", base_folder("pixel_classes"), spec)
+
+
+@pytest.fixture(scope="module")
+def worded(tmp_path_factory, base_folder):
+    """A Stable Diffusion with classes, which are prompts to it."""
+    data = Data(class_names=NAMES, prompt_template="one {label}")
+    return shared(tmp_path_factory.mktemp("runs") / "worded", base_folder("stable_diffusion_1"), data=data)
+
+
+@pytest.mark.parametrize("scheduler", ["utility", "fidelity"])
+@pytest.mark.parametrize("run", ["labelled", "worded"])
+def test_any_image_can_be_made_again_alone(run, scheduler, request):
+    folder = request.getfixturevalue(run)
+    together, labels = generate(folder, num_images=5, seed=2, scheduler=scheduler)
+    assert labels == ["cat", "dog", "cat", "dog", "cat"]
+    for i in (0, 3):
+        (alone,), label = generate(folder, num_images=1, first_image=i, seed=2, scheduler=scheduler, batch_size=1)
+        assert np.abs(arrays([alone]) - arrays(together)[i]).max() <= 1 and label == [labels[i]]
+    assert np.abs(arrays(together)[0] - arrays(together)[2]).max() > 1, "the same class, another number"
+
+
+def test_classes_of_a_class_base_are_its_rows_and_balanced(labelled):
+    source = open_source(labelled)
+    assert source.conditions(range(3, 8))["class_labels"].tolist() == [11, 10, 11, 10, 11]
+    assert [source.told(i) for i in range(2)] == [{"label": "cat"}, {"label": "dog"}]
+    assert open_source(labelled, class_labels=["dog"]).conditions(range(2))["class_labels"].tolist() == [11, 11]
+
+
+def test_settings_left_out_are_those_of_the_recipe_and_given_ones_win(labelled):
+    left, given = open_source(labelled), open_source(labelled, guidance_scale=0.0, scheduler="ddpm", seed=9)
+    assert (left.sample.guidance_scale, left.sample.num_inference_steps, left.sample.scheduler) == (2.0, 2, "utility")
+    assert (given.sample.guidance_scale, given.sample.scheduler, given.sample.seed) == (0.0, "ddpm", 9)
+
+
+def test_classes_of_a_text_base_are_prompts_made_by_the_template(worded):
+    source = open_source(worded)
+    assert source.told(0) == {"label": "cat", "text": "one cat"} and source.told(1)["text"] == "one dog"
+    expected = source.base.text.encode(["one dog", "one cat", "one dog"])["encoder_hidden_states"]
+    assert torch.equal(source.conditions(range(1, 4))["encoder_hidden_states"], expected)
+    only_dogs = open_source(worded, class_labels=["dog"])
+    assert only_dogs.told(0) == only_dogs.told(1) == {"label": "dog", "text": "one dog"}
+
+
+def test_prompts_that_are_given_win_over_classes(worded):
+    source = open_source(worded, prompts=["a cat", "dog", "a cat"])
+    assert [source.told(i) for i in range(4)] == [{"text": text} for text in ("a cat", "dog", "a cat", "a cat")]
+    images, labels = generate(worded, num_images=2, prompts=["a cat", "dog"])
+    assert labels is None and len(images) == 2
+    with pytest.raises(UserError, match="--class_labels and --prompt"):
+        open_source(worded, prompts=["a cat"], class_labels=["cat"])
+
+
+def test_each_prompt_is_encoded_once_for_a_batch(worded, monkeypatch):
+    source, asked = open_source(worded), []
+    encode = type(source.base.text).encode
+    monkeypatch.setattr(
+        type(source.base.text), "encode", lambda self, prompts: asked.append(prompts) or encode(self, prompts)
+    )
+    assert len(source.conditions(range(50))["encoder_hidden_states"]) == 50
+    assert asked == [["one cat", "one dog"]]
+
+
+def test_an_adapter_of_captions_shows_public_prompts_only(tmp_path, base_folder):
+    data = Data(caption_column="words")
+    folder = shared(tmp_path / "run", base_folder("stable_diffusion_1"), data=data)
+    with pytest.raises(UserError, match="captions, which are private.*--prompt"):
+        open_source(folder)
+    assert open_source(folder, prompts=["a cat"]).told(5) == {"text": "a cat"}
+    public = dataclasses.replace(SAMPLE, prompts=("a", "b"))
+    rewrite(folder, data=data, sample=public)
+    assert open_source(folder).told(1) == {"text": "b"}
+    rewrite(folder, data=Data(label_column=None, prompt_template="a scan"), sample=SAMPLE)
+    assert open_source(folder).prompts == ("a scan",)
+
+
+def test_prompts_and_classes_are_refused_where_they_mean_nothing(labelled, tmp_path, base_folder):
+    with pytest.raises(UserError, match="reads no text"):
+        open_source(labelled, prompts=["a cat"])
+    unlabelled = shared(tmp_path / "run", base_folder("pixel"), data=Data(label_column=None))
+    with pytest.raises(UserError, match="no classes"):
+        open_source(unlabelled, class_labels=["cat"])
+    source = open_source(unlabelled, guidance_scale=1.0)
+    assert source.conditions(range(2)) == {} and source.told(0) == {}
+    assert generate(unlabelled, num_images=1, guidance_scale=1.0)[1] is None
+
+
+@pytest.mark.parametrize(("name", "given"), [("latent", False), ("latent_vq", True)])
+def test_a_whole_model_takes_the_autoencoder_of_the_base_that_it_was_trained_on(name, given, tmp_path, base_folder):
+    place = base_folder(name)
+    data, sample = Data(label_column=None), dataclasses.replace(SAMPLE, guidance_scale=1.0)
+    folder = shared(tmp_path / "run", place, Adapter(kind="full"), data, sample)
+    source = open_source(folder, base=str(place) if given else None)
+    assert source.base.is_latent and source.base.resolution == 16
+    trained = load_base(str(folder)).unet.state_dict()
+    assert all(torch.equal(value, trained[key]) for key, value in source.base.unet.state_dict().items())
+    images, _ = generate(folder, num_images=1, base=str(place) if given else None)
+    assert images[0].size == (16, 16) and images[0].mode == "RGB"
+
+
+def test_a_whole_model_of_pixels_needs_no_base(tmp_path, base_folder):
+    place = base_folder("pixel_classes")
+    spec = Adapter(kind="full", class_rows=(10, 11))
+    folder = shared(tmp_path / "run", place, spec)
+    rewrite(folder, model=Model(pretrained_model_name_or_path="./elsewhere"))
+    images, labels = generate(folder, num_images=2)
+    assert labels == list(NAMES) and images[0].size == (16, 16)
+
+
+def test_an_adapter_whose_base_lies_elsewhere_asks_for_it(labelled, tmp_path, base_folder):
+    moved = shutil.copytree(labelled, tmp_path / "run")
+    rewrite(moved, model=Model(pretrained_model_name_or_path="./mine"))
+    with pytest.raises(UserError, match="--base PATH/mine"):
+        open_source(moved)
+    there = generate(moved, num_images=2, base=str(base_folder("pixel_classes")))[0]
+    assert np.array_equal(arrays(there), arrays(generate(labelled, num_images=2)[0]))
 
 
 def test_labels_are_taken_in_turn_and_unknown_ones_refused():
@@ -75,24 +186,3 @@ def test_labels_are_taken_in_turn_and_unknown_ones_refused():
     assert class_indices(["a", "b", "c"], ["c", "a"], 3) == [2, 0, 2]
     with pytest.raises(UserError, match="'d'"):
         class_indices(["a", "b", "c"], ["d"], 1)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_written_images_load_with_datasets_as_they_were(tmp_path, channels):
-    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (6, channels, 8, 8), dtype=np.uint8))
-    write_images(tmp_path / "out", to_pil(pixels), list("ababab"), parquet=True)
-    for rows in (
-        datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "out" / "images"), split="train"),
-        datasets.load_dataset("parquet", data_files=str(tmp_path / "out" / "images.parquet"), split="train"),
-    ):
-        assert rows["label"] == list("ababab") or list(rows["label"]) == list("ababab")
-        first = np.atleast_3d(np.array(rows[0]["image"])).transpose(2, 0, 1)
-        assert np.array_equal(first, pixels[0].numpy())
-    assert Image.open(tmp_path / "out" / "grid.png").size[0] > 8
-
-
-def test_a_grid_holds_every_image_once():
-    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 2, 2) * 50
-    grid = np.array(image_grid(images, columns=3, zoom=1))
-    assert grid.shape == (7, 10)
-    assert [grid[1, 1], grid[1, 4], grid[1, 7], grid[4, 1], grid[4, 4]] == [0, 50, 100, 150, 200]
