@@ -1,0 +1,143 @@
+"""The shipped recipes of `dp-peft pretrain`: the nets of the papers, and one update of a tiny stand-in for each."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from PIL import Image
+
+from dp_peft_diffusion.diffusion.base_model import load_base
+from dp_peft_diffusion.pretraining import folder, pretrain
+from dp_peft_diffusion.pretraining.networks import build_autoencoder, build_scheduler, build_unet
+from dp_peft_diffusion.recipe import load_pretrain_recipe, recipe_path
+from dp_peft_diffusion.strict_yaml import read_table
+from dp_peft_diffusion.typed_fields import options
+
+AUTOENCODERS = {"emnist-letters-vae": 102_548_925, "imagenet32-vae": 14_639_807, "imagenet64-vae": 29_935_359}
+# name -> (input side, input channels, rows of the class table, weights)
+UNETS = {
+    "handwriting": (16, 4, 8 * 242 + 1 + 64, 1_950_660),
+    "emnist-letters": (4, 3, 26 + 1 + 64, 3_366_723),
+    "imagenet32": (16, 3, 1000 + 1 + 64, 70_988_291),
+    "imagenet64": (32, 3, None, 72_171_779),
+    "imagenet32-pixel": (32, 3, 1000 + 1 + 64, 86_958_147),
+}
+OF_A_FILE = {"_name_or_path": None, "_diffusers_version": None}  # says nothing of the net
+NAMES = sorted([*AUTOENCODERS, *UNETS])
+
+
+def shipped(name, **changes):
+    return load_pretrain_recipe(recipe_path(name), {"dataset_name": "x", **changes})
+
+
+def meta_unet(name):
+    side, channels, rows, _ = UNETS[name]
+    with torch.device("meta"):
+        return build_unet(shipped(name), side, channels, rows)
+
+
+def count(parameters):
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def in_attention(net):
+    return count(value for name, value in net.named_parameters() if ".attentions." in name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_begins_with_its_command_warns_and_names_every_key(name):
+    path = recipe_path(name)
+    text = path.read_text()
+    assert text.startswith(f"# dp-peft pretrain --recipe {name} --dataset_name PATH_TO_")
+    assert "# NOT private" in text and "\n# Status: " in text and "\n# Cost: " in text
+    table, recipe = read_table(path), shipped(name)
+    assert set(table) == {spec.name for _, spec, _ in options(recipe)} - {"dataset_name"}
+    for _, spec, _ in options(recipe):
+        assert spec.name == "dataset_name" or f"  # {spec.metadata['help']}\n" in text
+
+
+@pytest.mark.parametrize("name", sorted(UNETS))
+def test_the_unet_has_the_size_that_its_recipe_says(name):
+    assert count(meta_unet(name).parameters()) == UNETS[name][3]
+    assert name == "handwriting" or f"{UNETS[name][3]:,} weights" in recipe_path(name).read_text()
+
+
+def test_the_recipe_of_handwriting_describes_the_shipped_base():
+    base = load_base("builtin:handwriting")
+    pairs = (meta_unet("handwriting"), base.unet), (build_scheduler(shipped("handwriting")), base.scheduler)
+    for made, there in pairs:
+        assert {**json.loads(there.to_json_string()), **OF_A_FILE} == {**json.loads(made.to_json_string()), **OF_A_FILE}
+
+
+@pytest.mark.parametrize("name", sorted(AUTOENCODERS))
+def test_the_autoencoder_has_the_size_that_its_recipe_says(name):
+    with torch.device("meta"):
+        net = build_autoencoder(shipped(name))
+    assert count(net.parameters()) == AUTOENCODERS[name]
+    assert f"{AUTOENCODERS[name]:,} weights" in recipe_path(name).read_text()
+
+
+def test_the_unet_of_celeba_64_is_that_of_the_released_code():
+    """72.2M weights, of which DP-LDM trains 7.96M; DP-LoRA's 0.47M are 479,232 on fused projections of rank 16."""
+    net = meta_unet("imagenet64")
+    assert round(count(net.parameters()) / 1e6, 1) == 72.2 and round(in_attention(net) / 1e6, 2) == 7.96
+    widths = [layer.inner_dim for layer in net.modules() if isinstance(layer, Attention)]
+    assert sum(widths) == 4992
+    fused_qkv_and_proj_out, separate = 16 * (1 + 3) + 16 * (1 + 1), 12 * 4 * (1 + 1)
+    assert fused_qkv_and_proj_out * sum(widths) == separate * sum(widths) == 479_232
+
+
+def test_the_unets_of_classes_are_smaller_than_the_released_ones_by_their_transformer_blocks():
+    """Released: 90.3M and 4.61M, whose attention blocks have a feed-forward net and cross-attention to the class."""
+    for name, released in {"imagenet32": 90.3, "emnist-letters": 4.61}.items():
+        net = meta_unet(name)
+        layers = [layer for layer in net.modules() if isinstance(layer, Attention)]
+        context = 512 if name == "imagenet32" else 5
+        # GEGLU to 4 widths and back; q and out, k and v of the class; three layer norms; two 1x1 convolutions around.
+        more = sum(
+            (8 * c * c + 8 * c) + (4 * c * c + c) + (2 * c * c + c) + 2 * c * context + 6 * c + 2 * (c * c + c)
+            for c in (layer.inner_dim for layer in layers)
+        )
+        classes = net.class_embedding.weight.numel()
+        digits = len(str(released).partition(".")[2])
+        assert round((count(net.parameters()) + more - classes) / 1e6, digits) == released
+
+
+def test_the_pixel_unet_has_more_than_80_million_weights():
+    assert count(meta_unet("imagenet32-pixel").parameters()) > 80e6
+
+
+@pytest.fixture
+def images(tmp_path):
+    for kind in ("a", "b"):
+        (tmp_path / "images" / kind).mkdir(parents=True)
+        for copy in range(2):
+            picture = Image.new("L", (16, 16), 255)
+            picture.paste(40 * copy, (2, 3, 9 + copy, 9))
+            picture.save(tmp_path / "images" / kind / f"{copy}.png")
+    return str(tmp_path / "images")
+
+
+def stand_in(name, images, **changes):
+    """The recipe with narrow levels on tiny images, for one update."""
+    recipe = shipped(name)
+    widths = tuple(8 * width // recipe.block_out_channels[0] for width in recipe.block_out_channels)
+    return dataclasses.replace(
+        recipe, dataset_name=images, resolution=16, block_out_channels=widths, layers_per_block=1, norm_num_groups=4,
+        attention_head_dim=8, train_batch_size=2, max_train_steps=1, **changes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["handwriting", "imagenet32-pixel", "emnist-letters", "imagenet32", "imagenet64"])
+def test_one_update_of_a_tiny_stand_in_makes_a_base(name, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "sample_images", lambda *_, **__: torch.zeros(64, 1, 4, 4, dtype=torch.uint8))
+    changes = {"class_code_rank": 4} if name == "handwriting" else {}
+    if shipped(name).vae is not None:  # its autoencoder first, in the folder that the recipe names
+        monkeypatch.chdir(tmp_path)
+        pretrain(stand_in(f"{name}-vae", images), tmp_path / "runs" / f"{name}-vae")
+    base = load_base(str(pretrain(stand_in(name, images, **changes), tmp_path / "out")))
+    assert base.resolution == 16 and base.is_latent == (shipped(name).kind == "latent")
+    assert (base.num_class_embeds is None) == (name == "imagenet64")
+    assert base.image_channels == (1 if name in ("handwriting", "emnist-letters") else 3)
