@@ -1,7 +1,10 @@
 """Files that survive a crash: whole or not at all, and on the disk when the call returns."""
 
+import errno
 import os
 from pathlib import Path
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_durably(path: Path, content: bytes, mode: int = 0o644) -> None:

@@ -83,12 +83,16 @@ def training_lines(prepared: "Prepared") -> list[tuple[str, str]]:
     modules, trains_all = prepared.adapter.adapted_modules, prepared.adapter.config is None
     names = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
     minutes = prepared.mechanism.steps * prepared.minutes_per_step
-    image_bytes = prepared.base.image_channels * prepared.base.resolution**2
+    image_bytes = cached_bytes(prepared)
     classes, known_n = recipe.data.class_names, prepared.mechanism.num_examples  # None where N is private
     public = [] if known_n is None else [f"N = {known_n:,}"]
-    held = f"{image_bytes:,} bytes an image" if known_n is None else f"{known_n * image_bytes / 1e9:.2f} GB of images"
+    held = f"{image_bytes:,} bytes an image" if known_n is None else f"{known_n * image_bytes / 1e9:.2f} GB"
     public += [f"{prepared.base.resolution}x{prepared.base.resolution} pixels"]
     public += [f"{len(classes)} class names ({', '.join(classes[:10])})"] if classes else []
+    if prepared.base.text is not None and recipe.data.caption_column is None:
+        public += [f"the prompt {recipe.data.prompt_template!r}"]
+    if recipe.data.caption_column is not None:
+        public += [f"that captions come from {recipe.data.caption_column!r}; the captions themselves are private"]
     public += ["class names declare themselves public by being folder or label names"] if classes else []
     return [
         (
@@ -105,12 +109,13 @@ def training_lines(prepared: "Prepared") -> list[tuple[str, str]]:
         (
             "Memory",
             f"{prepared.activation_bytes / 1e9:.2f} GB of activations for a micro-batch of {train.micro_batch_size}, "
-            f"{held}, and about 1 GB for the program",
+            f"and about 1 GB for the program; {held} of cached images on disk",
         ),
         (
             "Time",
             f"about {minutes:.1f} min ({prepared.seconds_per_micro_batch:.2f} s for {train.micro_batch_size} images, "
-            f"{train.noise_multiplicity} draws each, on {prepared.accelerator.device})",
+            f"{train.augmentation_multiplicity * train.noise_multiplicity} draws each, on "
+            f"{prepared.accelerator.device})",
         ),
         (
             "Writes",
@@ -118,6 +123,18 @@ def training_lines(prepared: "Prepared") -> list[tuple[str, str]]:
             "that could not be read)",
         ),
     ]
+
+
+def cached_bytes(prepared: "Prepared") -> int:
+    """Bytes of one record in the private cache: its pixels, or its latents and the embedding of its caption."""
+    base, data = prepared.base, prepared.recipe.data
+    if not base.is_latent:
+        return base.image_channels * base.resolution**2
+    latents = 4 * math.prod(base.input_shape) * (data.augmentation_variants if data.augmentations else 1)
+    captions = (
+        0 if data.caption_column is None or base.text is None else sum(x.numel() for x in base.text.null.values())
+    )
+    return latents + 2 * captions
 
 
 def images_fact(data: Data, known_n: int | None) -> str:

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from dp_peft_diffusion import recipe as recipes
-from dp_peft_diffusion.batches import made_up_batch, make_loss, public_batch
+from dp_peft_diffusion.batches import Task, made_up_batch, make_loss, public_batch
 from dp_peft_diffusion.diffusion.adapters import Adapter
 from dp_peft_diffusion.diffusion.base_model import BaseModel
-from dp_peft_diffusion.diffusion.generation import sample_images
+from dp_peft_diffusion.diffusion.conditions import null_conditions
+from dp_peft_diffusion.diffusion.samplers import sample_images
 from dp_peft_diffusion.errors import PrivacyError, RunError, UserError
 from dp_peft_diffusion.gradients.clipper import PerSampleClipper
 from dp_peft_diffusion.gradients.self_check import check_gradients
@@ -34,10 +35,9 @@ def check_sampler(base: BaseModel, sample: recipes.Sample) -> None:
     Raises:
         UserError: what `sample_images` refuses.
     """
-    labels = None if base.num_class_embeds is None else torch.zeros(1, dtype=torch.long)
     sample_images(
         base,
-        labels,
+        null_conditions(base, 1),
         num_images=1,
         seed=sample.seed,
         scheduler=sample.scheduler,
@@ -47,20 +47,23 @@ def check_sampler(base: BaseModel, sample: recipes.Sample) -> None:
     )
 
 
-def choose_gamma(recipe: Recipe, base: BaseModel, adapter: Adapter) -> float:
+def choose_gamma(task: Task, adapter: Adapter) -> float:
     """A tenth of the median per-example gradient norm of images sampled from the base itself.
 
     Automatic clipping (Bu et al. 2023) scales each gradient to C g / (|g| + gamma): a gamma well
     below the norms keeps small gradients from drowning, and no private image chose it.
     """
-    labels = None
+    base, size = task.base, task.recipe.train.micro_batch_size
+    conditions = null_conditions(base, GAMMA_IMAGES)
     if base.num_class_embeds is not None:
         public = base.num_class_embeds if base.layout.null_class is None else base.layout.null_class
-        labels = torch.from_numpy(np.random.default_rng(0).integers(public, size=GAMMA_IMAGES))
-    sampled = sample_images(base, labels, num_images=GAMMA_IMAGES, seed=0, device=base.unet.device)
-    clipper = PerSampleClipper(adapter.unet)  # for its norms: nothing is clipped
-    batch = public_batch(recipe, base, sampled.float() / 127.5 - 1)
-    norms = clipper.norms_of(make_loss(base), batch)
+        labels = np.random.default_rng(0).integers(public, size=GAMMA_IMAGES)
+        conditions = {"class_labels": torch.from_numpy(labels).to(base.unet.device)}
+    sampled = sample_images(base, conditions, num_images=GAMMA_IMAGES, seed=0, batch_size=size, device=base.unet.device)
+    clipper, loss_fn = PerSampleClipper(adapter.unet), make_loss(task)  # for its norms: nothing is clipped
+    batch = public_batch(task, sampled.float() / 127.5 - 1)
+    chunks = [{name: part[at : at + size] for name, part in batch.items()} for at in range(0, GAMMA_IMAGES, size)]
+    norms = torch.cat([clipper.norms_of(loss_fn, chunk) for chunk in chunks])
     return round_down(GAMMA_SHARE * norms.median().item(), digits=2)
 
 
@@ -70,14 +73,14 @@ def round_down(value: float, digits: int) -> float:
     return float(context.create_decimal_from_float(value))
 
 
-def choose_precision(recipe: Recipe, base: BaseModel, clipper: PerSampleClipper) -> tuple[str, str]:
+def choose_precision(task: Task, clipper: PerSampleClipper) -> tuple[str, str]:
     """The faster of float32 and bfloat16 on made-up images, for about a second each, and a sentence that says so.
 
     Written into the resolved recipe, so that a run is never measured into another precision half-way.
     """
-    seconds = {"no": seconds_of(recipe, base, clipper, "no")}
+    seconds = {"no": seconds_of(task, clipper, "no")}
     try:
-        seconds["bf16"] = seconds_of(recipe, base, clipper, "bf16")
+        seconds["bf16"] = seconds_of(task, clipper, "bf16")
     except UserError as error:
         return "no", f"mixed_precision no: bfloat16 cannot do it here ({error})"
     fastest = min(seconds, key=seconds.__getitem__)
@@ -85,11 +88,11 @@ def choose_precision(recipe: Recipe, base: BaseModel, clipper: PerSampleClipper)
     return fastest, f"{note}, measured on made-up images"
 
 
-def seconds_of(recipe: Recipe, base: BaseModel, clipper: PerSampleClipper, mixed_precision: str) -> float:
+def seconds_of(task: Task, clipper: PerSampleClipper, mixed_precision: str) -> float:
     """The fastest of the micro-batches of made-up images that fit into about a second."""
     set_memory_format(clipper.model, mixed_precision)
-    loss_fn, times = make_loss(base, mixed_precision), list[float]()
-    batch = made_up_batch(recipe, base, recipe.train.micro_batch_size)
+    loss_fn, times = make_loss(task, mixed_precision), list[float]()
+    batch = made_up_batch(task, task.recipe.train.micro_batch_size)
     clipper.clipped_sum_of(loss_fn, batch)  # the first call of a precision sets kernels up
     while sum(times) < MEASURED_SECONDS:
         started = time.monotonic()
@@ -103,17 +106,17 @@ def set_memory_format(model: torch.nn.Module, mixed_precision: str) -> None:
     model.to(memory_format=torch.channels_last if mixed_precision == "bf16" else torch.contiguous_format)
 
 
-def check_clipper(recipe: Recipe, base: BaseModel, clipper: PerSampleClipper) -> None:
+def check_clipper(task: Task, clipper: PerSampleClipper) -> None:
     """The start-up self-check: the loss, model and shapes of the run, on made-up images; two examples, two draws.
 
     Raises:
         UserError: what `check_gradients` refuses.
     """
-    train = dataclasses.replace(recipe.train, noise_multiplicity=2, label_dropout=0.0)
-    batch = made_up_batch(dataclasses.replace(recipe, train=train), base, 2)
-    check_gradients(clipper, make_loss(base), batch)  # sharp: in bfloat16, rounding would hide small tensors
-    if recipe.train.mixed_precision == "bf16":
-        check_gradients(clipper, make_loss(base, "bf16"), batch, torch.bfloat16)
+    train = dataclasses.replace(task.recipe.train, noise_multiplicity=2, augmentation_multiplicity=1, label_dropout=0.0)
+    batch = made_up_batch(dataclasses.replace(task, recipe=dataclasses.replace(task.recipe, train=train)), 2)
+    check_gradients(clipper, make_loss(task), batch)  # sharp: in bfloat16, rounding would hide small tensors
+    if train.mixed_precision == "bf16":
+        check_gradients(clipper, make_loss(task, "bf16"), batch, torch.bfloat16)
 
 
 def check_export(
@@ -139,13 +142,13 @@ def check_export(
             ) from error
 
 
-def measure_micro_batch(recipe: Recipe, base: BaseModel, clipper: PerSampleClipper) -> tuple[float, int]:
+def measure_micro_batch(task: Task, clipper: PerSampleClipper) -> tuple[float, int]:
     """Seconds for one micro-batch of made-up images (the second one run), and bytes kept for its backward.
 
     The peak of the process would not do: decoding the private images is in it (invariant 13).
     """
-    batch = made_up_batch(recipe, base, recipe.train.micro_batch_size)
-    loss_fn, kept = make_loss(base, recipe.train.mixed_precision), {}
+    batch = made_up_batch(task, task.recipe.train.micro_batch_size)
+    loss_fn, kept = make_loss(task, task.recipe.train.mixed_precision), {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()

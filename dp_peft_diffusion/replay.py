@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+from dp_peft_diffusion.attempt import context_of_run, open_images
 from dp_peft_diffusion.errors import PrivacyError
 from dp_peft_diffusion.preparation import prepare
 from dp_peft_diffusion.privacy.certificate import read
@@ -38,10 +39,12 @@ def replay(folder: Path, escrow_key: Path, dataset_name: str, base: str | None =
     recipe = load_recipe(folder / "recipe.yaml", places)
     with tempfile.TemporaryDirectory(prefix="dp-peft-replay-") as scratch:
         prepared = prepare(recipe, Path(scratch) / "replay", certified=promise_of(document))
-        if changed := differences(escrowed.context, prepared.context):
+        images = open_images(prepared, None)
+        context = context_of_run(prepared, images)
+        if changed := differences(escrowed.context, context):
             raise PrivacyError(f"Not replayed, as this is not what was trained with: {changed}.")
         prepared.run.private.mkdir(mode=0o700)
-        train_steps(prepared, attempt_key(escrowed.key, escrowed.attempt, context_digest(prepared.context)))
+        train_steps(prepared, images, attempt_key(escrowed.key, escrowed.attempt, context_digest(context)))
         again = Path(scratch) / "again"
         again.mkdir()
         write_weights(prepared.base, prepared.adapter, again)

@@ -1,7 +1,6 @@
 """Private training, on one screen: ids -> losses -> clipped sum -> noise -> step."""
 
 import dataclasses
-import errno
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,14 +11,18 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from dp_peft_diffusion.attempt import begin, note_publication, restore_state
+from dp_peft_diffusion.attempt import begin, note_publication, open_images, restore_state
 from dp_peft_diffusion.batches import make_batch, make_loss
-from dp_peft_diffusion.diffusion.generation import class_indices, class_rows, image_grid, sample_images
-from dp_peft_diffusion.durable import fsync_tree
+from dp_peft_diffusion.diffusion.conditions import null_conditions
+from dp_peft_diffusion.diffusion.datasets import PrivateImages
+from dp_peft_diffusion.diffusion.generation import class_indices
+from dp_peft_diffusion.diffusion.grids import image_grid
+from dp_peft_diffusion.diffusion.samplers import sample_images
+from dp_peft_diffusion.durable import DISK_FULL, fsync_tree
 from dp_peft_diffusion.errors import RunError
 from dp_peft_diffusion.gradients.functional import Gradients
 from dp_peft_diffusion.gradients.noise import add_noise
-from dp_peft_diffusion.gradients.optimizer import Ema, apply_update, make_optimizer
+from dp_peft_diffusion.gradients.optimizer import Ema, apply_update, learning_rate_at, make_optimizer, set_learning_rate
 from dp_peft_diffusion.plan import epsilon_so_far, plan_text
 from dp_peft_diffusion.preparation import Prepared, prepare
 from dp_peft_diffusion.privacy.ledger import Ledger
@@ -66,12 +69,14 @@ def run(prepared: Prepared, key: bytes | None = None, escrow_key: Path | None = 
     folders = prepared.run
     try:
         with folders.locked():
-            record, streams = begin(prepared, key, escrow_key)
-            train_steps(prepared, streams)
+            images = open_images(prepared, folders.cache)
+            record, streams = begin(prepared, images, key, escrow_key)
+            train_steps(prepared, images, streams)
             certificate = export(
                 folders.staging,
                 prepared.recipe,
                 prepared.base,
+                prepared.task.conditions,
                 prepared.adapter,
                 prepared.promise,
                 prepared.gamma_source,
@@ -81,10 +86,10 @@ def run(prepared: Prepared, key: bytes | None = None, escrow_key: Path | None = 
             if certificate is None:
                 folders.close()  # stays in the private folder: there is no promise to share it under
                 return RunResult(folders.staging, None, folders.private)
-            note_publication(prepared, record)
+            note_publication(prepared, images, record)
             folders.publish()
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, OSError) and error.errno not in DISK_FULL:
             raise
         raise RunError(
             f"the disk is full: {error}. Nothing was published and nothing is lost: make room, then type the same "
@@ -93,16 +98,17 @@ def run(prepared: Prepared, key: bytes | None = None, escrow_key: Path | None = 
     return RunResult(folders.folder, certificate, folders.private)
 
 
-def train_steps(prepared: Prepared, key: bytes) -> None:
+def train_steps(prepared: Prepared, images: PrivateImages, key: bytes) -> None:
     """All planned steps, from the last saved state on. Leaves the trained (or averaged) weights in the adapter.
 
     key: of this attempt's streams.
     """
     recipe, mechanism, clipper = prepared.recipe, prepared.mechanism, prepared.clipper
     parameters = clipper.parameters  # invariant 10: what is clipped is what trains
-    optimizer = make_optimizer(recipe.train.optimizer, parameters, recipe.train.learning_rate)
+    noise_of_mean = 0.0 if recipe.privacy.no_privacy else mechanism.noise_stddev / mechanism.expected_batch_size
+    optimizer = make_optimizer(recipe.train, parameters, noise_of_mean)
     ema = Ema(parameters, recipe.train.ema_decay)
-    loss_fn = make_loss(prepared.base, recipe.train.mixed_precision)
+    loss_fn = make_loss(prepared.task, recipe.train.mixed_precision)
     ledger = Ledger(prepared.run.ledger, prepared.attempt)
     first = restore_state(prepared, key, ledger, optimizer, ema)
     if first == 0:
@@ -111,14 +117,15 @@ def train_steps(prepared: Prepared, key: bytes) -> None:
     for step in progress(prepared, first, spent):
         ledger.begin(step)  # invariant 12: on disk before this step's noise is drawn
         ids = example_ids(
-            key, step, len(prepared.images), mechanism.sampling_prob, mechanism.truncated_batch_size
+            key, step, len(images), mechanism.sampling_prob, mechanism.truncated_batch_size
         )  # invariant 5
         total = clipper.zeros()
         for chunk in micro_batches(ids, recipe.train.micro_batch_size):
-            batch = make_batch(recipe, prepared.base, *prepared.images.read(chunk), chunk.clip(0), key, step)
+            batch = make_batch(prepared.task, images.read(chunk), chunk.clip(0), key, step)
             for name, part in clipper.clipped_sum_of(loss_fn, batch).items():
                 total[name] += part  # invariant 3: a sum, in float64
         noisy = privatize(prepared, total, key, step)  # invariant 7: after this, all is post-processing
+        set_learning_rate(optimizer, learning_rate_at(recipe.train, step))
         apply_update(optimizer, parameters, noisy, mechanism.expected_batch_size)
         ema.update()
         record_metrics(prepared, step + 1, noisy, spent[step])
@@ -166,7 +173,7 @@ def record_metrics(prepared: Prepared, step: int, noisy: dict[str, torch.Tensor]
     norm = torch.sqrt(sum(value.double().square().sum() for value in noisy.values()))  # type: ignore[arg-type]
     line = {
         "step": step,
-        "learning_rate": prepared.recipe.train.learning_rate,
+        "learning_rate": learning_rate_at(prepared.recipe.train, step - 1),
         "update_norm": norm.item() / prepared.mechanism.expected_batch_size,
         "epsilon": epsilon,
     }
@@ -175,18 +182,33 @@ def record_metrics(prepared: Prepared, step: int, noisy: dict[str, torch.Tensor]
 
 
 def write_grid(prepared: Prepared, step: int) -> None:
-    """A grid of samples, all classes in turn, the same noise every time."""
-    sample, classes = prepared.recipe.sample, prepared.recipe.data.class_names
-    labels = None if classes is None else class_indices(classes, None, sample.num_images)
+    """A grid of samples, all classes or prompts in turn, the same noise every time."""
+    sample, device = prepared.recipe.sample, prepared.accelerator.device
+    conditions, columns = grid_conditions(prepared)
     images = sample_images(
         dataclasses.replace(prepared.base, unet=prepared.adapter.unet),
-        class_rows(prepared.base, prepared.recipe.adapter.class_rows, labels, sample.num_images),
+        conditions,
         num_images=sample.num_images,
         seed=sample.seed,
         scheduler=sample.scheduler,
         num_inference_steps=sample.num_inference_steps,
         guidance_scale=sample.guidance_scale,
-        device=prepared.accelerator.device,
+        batch_size=prepared.recipe.train.micro_batch_size,
+        device=device,
     )
-    columns = 10 if classes is None else len(classes)
     image_grid(images, columns).save(prepared.run.staging / "samples" / grid_name(step))
+
+
+def grid_conditions(prepared: Prepared) -> tuple[dict[str, torch.Tensor], int]:
+    """What the network is told of each image of a grid, all of it public; and the columns of the grid."""
+    data, sample, base = prepared.recipe.data, prepared.recipe.sample, prepared.base
+    turns = torch.arange(sample.num_images)
+    if base.text is not None and sample.prompts is not None:
+        told = base.text.encode(list(sample.prompts))
+        return {name: rows[turns % len(sample.prompts)] for name, rows in told.items()}, len(sample.prompts)
+    if data.caption_column is not None:
+        return null_conditions(base, sample.num_images), 10
+    if data.class_names is None:
+        return prepared.task.conditions.take(torch.zeros_like(turns)), 10
+    labels = class_indices(data.class_names, None, sample.num_images)
+    return prepared.task.conditions.take(torch.tensor(labels)), len(data.class_names)

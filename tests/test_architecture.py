@@ -21,6 +21,7 @@ LAYERS = (
     ("training", "pretraining"),
     ("attempt", "plan"),
     ("preparation",),
+    ("resolution",),
     ("rehearsal",),
     ("batches",),
     ("sharing",),

@@ -7,9 +7,11 @@ from dp_peft_diffusion.cli.certificates import inspect_folder, verify
 from dp_peft_diffusion.cli.images import evaluate, sample
 from dp_peft_diffusion.cli.machine import env
 from dp_peft_diffusion.cli.planning import plan
+from dp_peft_diffusion.cli.pretraining import pretrain
 from dp_peft_diffusion.cli.program import Program
+from dp_peft_diffusion.cli.recipes import recipes
 from dp_peft_diffusion.cli.spending import spent
-from dp_peft_diffusion.cli.training import pretrain, train
+from dp_peft_diffusion.cli.training import train
 from dp_peft_diffusion.environment import installed
 
 # A hyphen is an underscore everywhere: --max-train-steps is --max_train_steps.
@@ -38,5 +40,5 @@ def main() -> None:
     """
 
 
-for _command in (train, sample, verify, inspect_folder, plan, spent, evaluate, pretrain, bench, env):
+for _command in (train, recipes, sample, verify, inspect_folder, plan, spent, evaluate, pretrain, bench, env):
     main.add_command(_command)

@@ -1,14 +1,14 @@
 """Flags of diffusers, kohya, trl and Opacus that have no place here, each with what to use instead."""
 
-_GRID = "use --sample_every for grids on the way, --sample_num_images for their size"
-_RATE = "the learning rate is constant: use --learning_rate, and --ema_decay to average the steps"
+_GRID = "use --sample_every for grids on the way, --sample_num_images and --sample_prompts for what is in them"
+_RATE = "use --lr_scheduler constant, linear or cosine, with --lr_warmup_steps"
 _ADAM = "use --optimizer adam with --learning_rate; its other constants are fixed"
 _RESUME = (
     "the same command resumes an interrupted run by itself, from the state saved every --checkpointing_steps updates"
 )
 _METRICS = "public metrics are in metrics.jsonl of the run's folder; exact losses are private and go nowhere else"
 _HUB = "after `dp-peft verify FOLDER`, upload the folder with `hf upload`"
-_PROMPT = "this version trains on class labels: use --label_column"
+_PROMPT = "prompts are captions (--caption_column) or made of labels (--prompt_template); text encoders stay frozen"
 _INSTEAD = {
     "gradient_accumulation_steps": "--train_batch_size is the whole expected batch, whatever fits the device; use "
     "--micro_batch_size for what the device holds at once",
@@ -16,19 +16,21 @@ _INSTEAD = {
     "batch, --micro_batch_size for what the device holds at once",
     "num_train_epochs epochs": "use --max_train_steps; N / train_batch_size steps see about as many images as an epoch",
     "train_data_dir instance_data_dir data_dir": "use --dataset_name FOLDER",
-    "caption_column instance_prompt class_prompt train_text_encoder": _PROMPT,
+    "class_prompt train_text_encoder": _PROMPT,
     "max_train_samples": "the number of images is part of the promise: give a data set that has just these",
     "resolution": "the base decides the resolution; use another --pretrained_model_name_or_path for another",
-    "random_flip": "images are taken as they are; for more draws of each, use --noise_multiplicity",
+    "random_flip": "use --augmentations flip, and --augmentation_multiplicity for more than one version in each step",
     "model_name_or_path base_model": "use --pretrained_model_name_or_path",
     "variant non_ema_revision": "use --revision, or a local folder as --pretrained_model_name_or_path",
     "cache_dir": "set the environment variable HF_HOME",
     "gradient_checkpointing enable_xformers_memory_efficient_attention": "for less memory, use a smaller "
     "--micro_batch_size; it changes nothing else",
     "scale_lr": "use --learning_rate as it is meant",
-    "lr_scheduler lr_warmup_steps lr_num_cycles lr_power": _RATE,
+    "lr_num_cycles lr_power": _RATE,
     "use_8bit_adam adam_beta1 adam_beta2 adam_weight_decay adam_epsilon use_prodigy": _ADAM,
-    "snr_gamma noise_offset prediction_type": "the loss is the base's own, with uniform times; leave it out",
+    "noise_offset": "the noise of the loss is the base's own; leave it out",
+    "timestep_bias_strategy timestep_bias_begin timestep_bias_end weighting_scheme logit_mean logit_std": "use "
+    "--timestep_distribution, --timestep_range or --snr_gamma",
     "use_ema": "use --ema_decay 0.9",
     "allow_tf32": "use --mixed_precision bf16 for speed",
     "dataloader_num_workers": "images are decoded once, before the first step; leave it out",

@@ -1,4 +1,4 @@
-"""`dp-peft train` and `dp-peft pretrain`."""
+"""`dp-peft train`."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ import click
 from dp_peft_diffusion.cli.options import RecipeCommand, given_options, recipe_options
 from dp_peft_diffusion.cli.program import hint
 from dp_peft_diffusion.errors import UserError
-from dp_peft_diffusion.recipe import PretrainRecipe, Recipe, load_pretrain_recipe, load_recipe, recipe_path
+from dp_peft_diffusion.recipe import Recipe, load_recipe, recipe_path
 
 DEFAULT_RECIPE = "digits"
 _named = click.option("--recipe", metavar="NAME", help="A recipe that comes with the package.")
@@ -67,33 +67,6 @@ def train(ctx: click.Context, **params: Any) -> None:
     else:
         click.echo(f"Done. Shareable: {result.folder}  Keep to yourself: {result.private_folder}")
     next_commands(result.folder, recipe)
-
-
-@click.command(cls=RecipeCommand)
-@_named
-@_config
-@click.option("--output_dir", type=click.Path(path_type=Path), help="Folder of the run.  [runs/RECIPE-base]")
-@recipe_options(PretrainRecipe(dataset_name=""))
-@click.pass_context
-def pretrain(ctx: click.Context, **params: Any) -> None:
-    """Pretrain a base on PUBLIC images. This is not private.
-
-    Nothing protects these images: whoever gets the base may find them in it. To go on after a stop, type the same
-    command again. Options stand over the recipe, the recipe over the values in brackets.
-    """
-    name, config = params["recipe"], params["config"]
-    if (name is None) == (config is None):
-        raise UserError("give either --recipe or --config. Type for example --recipe handwriting.")
-    path = recipe_path(name) if config is None else config
-    recipe = load_pretrain_recipe(path, given_options(ctx))
-    folder = params["output_dir"] or Path("runs") / f"{path.stem}-base"
-    click.echo(f"Pretraining on {recipe.dataset_name}, as public images: this is NOT private and gives no promise.")
-
-    from dp_peft_diffusion.pretraining import pretrain as run
-
-    base = run(recipe, folder)
-    click.echo(f"Done. Base: {base}")
-    hint(f"Train privately on it:\n  {_command('train', '--pretrained_model_name_or_path', base, '--epsilon', 1)}")
 
 
 def choose_recipe(name: str | None, config: Path | None, flags: dict[str, Any]) -> tuple[Recipe, str]:

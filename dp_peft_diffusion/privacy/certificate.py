@@ -77,8 +77,8 @@ def certificate(
         clipping: "flat" (gamma None) or "automatic".
         gamma: of automatic clipping, chosen from public images.
         noise_multiplicity: K.
-        public_inputs: of resolution, image_channels, class_names, gamma_source, grid_labels and group_column, those
-            that are known; N is added where it is public.
+        public_inputs: of resolution, image_channels, class_names, gamma_source, grid_labels, group_column,
+            caption_column, prompt_template and prompts, those that are known; N is added where it is public.
         base: name, revision (None for a built-in) and sha256 of the base model.
         folder: holds `ADAPTER_FILES`, or `MODEL_FILES` where the whole net trained, and may hold `ALSO_HASHED`.
         key_source: "os", or "given" when somebody chose the key, which `verify` refuses.

@@ -95,6 +95,9 @@ _PUBLIC: dict[str, Rule] = {
     "gamma_source": or_none(_SHORT),
     "grid_labels": or_none(_SHORT),
     "group_column": or_none(_SHORT),
+    "caption_column": or_none(_SHORT),
+    "prompt_template": or_none(_SHORT),
+    "prompts": or_none(list_of(_SHORT, 1000)),
 }
 _PRICED: dict[str, Any] = {  # what a price is computed from
     "event": one_of(POISSON, TRUNCATED, GROUPS),

@@ -5,15 +5,16 @@ from pathlib import Path
 import jinja2
 
 from dp_peft_diffusion.diffusion.adapter_kinds import KINDS, rows_alone
+from dp_peft_diffusion.diffusion.base_model import BaseModel
 from dp_peft_diffusion.recipe import Recipe
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def render_card(certificate: dict, recipe: Recipe, subfolder: str | None, pixel_packing: int, last_grid: str) -> str:
+def render_card(certificate: dict, recipe: Recipe, trained_on: BaseModel, last_grid: str) -> str:
     """README.md of a shareable folder, with the front matter the Hub reads.
 
-    subfolder: where the UNet lies in the base's folder. last_grid: file name of the grid made after the last step.
+    last_grid: file name of the grid made after the last step.
     """
     guarantee, mechanism = certificate["guarantee"], certificate["mechanism"]
     base, whole = recipe.model.pretrained_model_name_or_path, recipe.adapter.kind == "full"
@@ -25,10 +26,11 @@ def render_card(certificate: dict, recipe: Recipe, subfolder: str | None, pixel_
         whole_model=whole,
         kind=recipe.adapter.kind,
         base_name=base,
-        base_arguments=base_arguments(base, subfolder),
+        base_arguments=base_arguments(base, trained_on.subfolder),
+        unet_class=type(trained_on.unet).__name__,
         class_rows=recipe.adapter.class_rows and list(recipe.adapter.class_rows),
         class_names=recipe.data.class_names,
-        pixel_packing=pixel_packing,
+        pixel_packing=trained_on.layout.pixel_packing,
         last_grid=last_grid,
         facts=[
             ("base", f"`{base}`, SHA-256 of weights `{certificate['base']['sha256']}`"),

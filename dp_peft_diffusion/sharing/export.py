@@ -11,14 +11,16 @@ from safetensors import SafetensorError
 from dp_peft_diffusion.diffusion.adapters import Adapter, load_adapter, load_whole_model, to_peft, whole_model
 from dp_peft_diffusion.diffusion.base_model import BaseModel, load_base, save_base
 from dp_peft_diffusion.diffusion.class_rows import without_spares
+from dp_peft_diffusion.diffusion.conditions import ConditionTable
 from dp_peft_diffusion.errors import PrivacyError, RunError, UserError
 from dp_peft_diffusion.privacy import adapter_form, certificate, model_files
 from dp_peft_diffusion.privacy.adapter_files import holds_whole_model
+from dp_peft_diffusion.privacy.model_files import FROM_SCRATCH
 from dp_peft_diffusion.privacy.promise import Promise
-from dp_peft_diffusion.recipe import Recipe, to_yaml
+from dp_peft_diffusion.recipe import PATH_TO_IMAGES, Recipe, to_yaml
 from dp_peft_diffusion.sharing.card import render_card
 
-DATA_PLACEHOLDER = "PATH_TO_YOUR_IMAGES"
+DATA_PLACEHOLDER = PATH_TO_IMAGES
 NOT_PRIVATE = "This adapter was trained WITHOUT privacy (`--no_privacy`), for comparison. Do not share it.\n"
 TOLERANCE = 1e-5  # largest difference of outputs between the trained and the re-loaded adapter
 
@@ -27,6 +29,7 @@ def export(
     folder: Path,
     recipe: Recipe,
     base: BaseModel,
+    conditions: ConditionTable,
     adapter: Adapter,
     promise: Promise | None,
     gamma_source: str | None,
@@ -35,6 +38,7 @@ def export(
 ) -> dict | None:
     """Write everything shareable into `folder` and check it; return the certificate.
 
+    conditions: what the network is told of each class.
     promise: None with --no_privacy, and then no certificate is written.
     gamma_source: where the gamma of automatic clipping comes from; None for flat clipping.
     key_source, key_after_export: as `certificate.certificate` takes them.
@@ -45,13 +49,13 @@ def export(
     write_weights(base, adapter, folder)
     recipe = shareable_recipe(recipe)
     (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
-    check_reload(base, adapter.unet, recipe.adapter.class_rows, folder)
+    check_reload(base, recipe.model.from_scratch, adapter.unet, conditions, folder)
     if promise is None:
         (folder / "README.md").write_text(NOT_PRIVATE)
         return None
     facts = certify(folder, recipe, base, promise, gamma_source, key_source, key_after_export)
     grids = sorted((path.name for path in (folder / "samples").glob("step-*.png")), key=lambda name: (len(name), name))
-    card = render_card(facts, recipe, base.subfolder, base.layout.pixel_packing, grids[-1])
+    card = render_card(facts, recipe, base, grids[-1])
     (folder / "README.md").write_text(card, encoding="utf-8")
     return certificate.write(folder, facts)
 
@@ -71,8 +75,14 @@ def certify(
         "image_channels": base.image_channels,
         "class_names": recipe.data.class_names and list(recipe.data.class_names),
         "gamma_source": gamma_source,
-        "grid_labels": "every class in turn",
+        "grid_labels": "every class in turn" if recipe.sample.prompts is None else "prompts given by the user",
     }
+    if recipe.data.caption_column is not None:
+        public_inputs["caption_column"] = recipe.data.caption_column
+    elif base.text is not None:
+        public_inputs["prompt_template"] = recipe.data.prompt_template
+    if recipe.sample.prompts is not None:
+        public_inputs["prompts"] = list(recipe.sample.prompts)
     if recipe.data.group_column is not None:
         public_inputs["group_column"] = recipe.data.group_column
     return certificate.certificate(
@@ -91,7 +101,9 @@ def certify(
 
 def public_base_name(name: str) -> str:
     """The base's name without the folders of this machine. "./" keeps a folder from being taken for a Hub name."""
-    return f"./{Path(name).resolve().name}" if Path(name).is_dir() else name
+    scratch = FROM_SCRATCH if name.startswith(FROM_SCRATCH) else ""
+    place = Path(name.removeprefix(FROM_SCRATCH))
+    return f"{scratch}./{place.resolve().name}" if place.is_dir() else name
 
 
 def shareable_recipe(recipe: Recipe) -> Recipe:
@@ -151,7 +163,9 @@ def write_model(base: BaseModel, adapter: Adapter, folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def check_reload(base: BaseModel, unet: torch.nn.Module, class_rows: tuple[int, ...] | None, folder: Path) -> float:
+def check_reload(
+    base: BaseModel, from_scratch: bool, unet: torch.nn.Module, conditions: ConditionTable, folder: Path
+) -> float:
     """Load the folder with stock peft on a fresh base, or with diffusers; return how far it moves the outputs.
 
     This is invariant 14.
@@ -159,28 +173,34 @@ def check_reload(base: BaseModel, unet: torch.nn.Module, class_rows: tuple[int, 
     Raises:
         RunError: the re-loaded weights answer differently from the trained one, or does nothing.
     """
-    reloaded = load_base(base.name, base.revision)
-    if reloaded.sha256 != base.sha256:
-        raise RunError(f"the base {base.name} has changed since the run began. Nothing was published.")
-    fresh, n = reloaded.unet, max(8, len(class_rows or ()))
-    generator = torch.Generator().manual_seed(0)
-    rows = class_rows or ((0,) if base.num_class_embeds is not None else None)
-    x = torch.randn(
-        n, fresh.config.in_channels, *[base.resolution // base.layout.pixel_packing] * 2, generator=generator
-    )
+    fresh = copy.deepcopy(base.unet).cpu() if from_scratch else load_again(base)
+    n = max(8, conditions.null + 1)
+    x = torch.randn(n, *base.input_shape, generator=torch.Generator().manual_seed(0))
     t = torch.linspace(1, base.scheduler.config.num_train_timesteps - 1, n).long()
-    labels = None if rows is None else torch.tensor(rows).repeat(n)[:n]
+    told = {name: rows.cpu() for name, rows in conditions.take(torch.arange(n) % (conditions.null + 1)).items()}
     trained_unet = copy.deepcopy(unet).cpu()  # a GPU may compute in TF32, which is too coarse for this comparison
     with torch.no_grad():
-        before = fresh(x, t, class_labels=labels).sample
-        after = stock_model(copy.deepcopy(fresh), folder)(x, t, class_labels=labels).sample
-        trained = trained_unet(x, t, class_labels=labels).sample
+        before = base.predict(fresh, x, t, told)
+        trained = base.predict(trained_unet, x, t, told)
+        after = base.predict(stock_model(fresh, folder), x, t, told)
     difference, change = (after - trained).abs().max().item(), (after - before).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, trained.abs().max().item()):
         raise RunError(f"the exported weights, loaded with stock tools, differ from the trained by {difference:.3g}.")
     if change == 0.0:
         raise RunError("the exported weights change nothing: no step moved them. Try a larger --learning_rate.")
     return change
+
+
+def load_again(base: BaseModel) -> torch.nn.Module:
+    """The base's network from where it lies, on the CPU.
+
+    Raises:
+        RunError: it is another one now.
+    """
+    reloaded = load_base(base.name, base.revision)
+    if reloaded.sha256 != base.sha256:
+        raise RunError(f"the base {base.name} has changed since the run began. Nothing was published.")
+    return reloaded.unet
 
 
 def stock_model(base: torch.nn.Module, folder: Path) -> torch.nn.Module:

@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 from safetensors.numpy import save_file
@@ -103,8 +104,9 @@ def test_inspect_refuses_what_is_no_run_folder(adapter, tmp_path):
 
 @pytest.fixture
 def generation(monkeypatch):
-    fake = ModuleType("generation")
-    fake.asked, fake.written = [], []
+    """Sampling and writing replaced by records of what they are asked."""
+    fake, files = ModuleType("generation"), ModuleType("image_files")
+    fake.asked, fake.written, fake.checked = [], [], []
 
     def generate(folder, **settings):
         fake.asked.append((folder, settings))
@@ -112,20 +114,29 @@ def generation(monkeypatch):
         labels = [names[i % len(names)] for i in range(settings["num_images"])]
         return [Image.new("L", (8, 8), 20 * i) for i in range(len(labels))], labels
 
-    fake.generate = generate
-    fake.write_images = lambda folder, images, labels, parquet: fake.written.append((folder, labels, parquet))
+    def open_source(folder, **settings):
+        fake.asked.append((folder, settings))
+        return "source"
+
+    fake.generate, fake.open_source, files.check_folder = generate, open_source, fake.checked.append
+    files.write_images = lambda folder, source, **numbers: fake.written.append((folder, source, numbers))
     monkeypatch.setitem(sys.modules, "dp_peft_diffusion.diffusion.generation", fake)
+    monkeypatch.setitem(sys.modules, "dp_peft_diffusion.diffusion.image_files", files)
     return fake
 
 
 def test_sample_passes_everything_on_and_leaves_the_rest_to_the_recipe(generation, adapter):
     result = invoke("sample", "--adapter", adapter.folder, "--num-images", 3)
     assert result.exit_code == 0, result.output
-    settings = {"num_images": 3, "class_labels": None, "scheduler": None, "num_inference_steps": None}
-    settings |= {"guidance_scale": None, "seed": 0, "base": None}
+    settings = dict.fromkeys(("class_labels", "scheduler", "num_inference_steps", "guidance_scale", "base"))
+    settings |= {"prompts": (), "seed": 0, "batch_size": None, "dtype": torch.float32}
+    asked = generation.asked[0][1]
+    assert asked.pop("device") in ("cpu", "cuda")
     assert generation.asked == [(adapter.folder, settings)]
-    assert generation.written == [(adapter.folder.with_name("run-samples"), ["cat"] * 3, False)]
-    assert str(adapter.folder.with_name("run-samples")) in result.stdout
+    place = adapter.folder.with_name("run-samples")
+    assert generation.checked == [place], "nothing is loaded for a folder that is refused"
+    assert generation.written == [(place, "source", {"num_images": 3, "first_image": 0, "parquet": False})]
+    assert str(place) in result.stdout
 
 
 def test_class_labels_are_names_or_positions_and_a_name_comes_first(generation, adapter):
@@ -133,16 +144,53 @@ def test_class_labels_are_names_or_positions_and_a_name_comes_first(generation, 
     assert generation.asked[0][1]["class_labels"] == ["dog", "cat", "1", "1"]
 
 
-def test_sample_refuses_bad_input_and_never_mixes_with_old_images(generation, adapter, tmp_path):
+def test_options_of_sample_reach_what_they_are_for(generation, adapter, tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\n\n  two, three \n", encoding="utf-8")
+    words = ["--prompt", "a, b", "--prompt", "c", "--prompts_file", tmp_path / "prompts.txt", "--batch_size", 2]
+    words += ["--dtype", "bfloat16", "--first_image", 7, "--parquet", "--output_dir", tmp_path / "out"]
+    words += [
+        "--scheduler",
+        "fidelity",
+        "--num_inference_steps",
+        9,
+        "--guidance_scale",
+        1.5,
+        "--seed",
+        4,
+        "--base",
+        "b",
+    ]
+    result = invoke("sample", "--adapter", adapter.folder, *words)
+    assert result.exit_code == 0, result.output
+    asked = generation.asked[0][1]
+    assert asked["prompts"] == ("a, b", "c", "one", "two, three")
+    assert (asked["batch_size"], asked["dtype"], asked["scheduler"]) == (2, torch.bfloat16, "fidelity")
+    assert (asked["num_inference_steps"], asked["guidance_scale"], asked["seed"], asked["base"]) == (9, 1.5, 4, "b")
+    numbers = {"num_images": 64, "first_image": 7, "parquet": True}
+    assert generation.written == [(tmp_path / "out", "source", numbers)]
+
+
+def test_sample_refuses_bad_input(generation, adapter, tmp_path):
     base = ["sample", "--adapter", adapter.folder]
     assert "cat, dog, 1" in refused(*base, "--class_labels", "cow")
     assert "'7'" in refused(*base, "--class_labels", "7")
     assert "--num_images" in refused(*base, "--num_images", 0)
     assert "--guidance_scale" in refused(*base, "--guidance_scale", -1)
     assert "--seed" in refused(*base, "--seed", -1)
+    assert "--dtype" in refused(*base, "--dtype", "float16")
+    assert "another --seed" in refused(*base, "--first_image", 1_000_002, "--num_images", 2)
+    assert "No such file" in refused(*base, "--prompts_file", tmp_path / "absent")
+    for content in (b"\n \n", b"\xff"):
+        (tmp_path / "prompts").write_bytes(content)
+        assert "on each line" in refused(*base, "--prompts_file", tmp_path / "prompts")
     assert "recipe.yaml" in refused("sample", "--adapter", tmp_path, "--class_labels", "cat")
-    assert "not empty" in refused(*base, "--output_dir", adapter.folder)
-    assert generation.asked == []
+    assert generation.asked == generation.written == []
+
+
+def test_sample_never_mixes_with_what_is_in_a_folder(adapter):
+    before = sorted(adapter.folder.iterdir())
+    assert "not empty" in refused("sample", "--adapter", adapter.folder, "--output_dir", adapter.folder)
+    assert sorted(adapter.folder.iterdir()) == before
 
 
 @pytest.fixture
@@ -152,8 +200,8 @@ def evaluation(monkeypatch, generation):
     seen = SimpleNamespace(opened=None, evaluated=None, statement={"statement": "NOT COVERED"})
     real = np.zeros((4, 1, 8, 8), np.uint8), np.arange(4) % 3
 
-    def open_examples(data, resolution, channels):
-        seen.opened = (data, resolution, channels)
+    def open_examples(data, base, folder):
+        seen.opened = (data, base.resolution, base.image_channels)
         return SimpleNamespace(valid_arrays=lambda: real)
 
     def evaluate(*arrays, **settings):

@@ -22,6 +22,7 @@ from tiny_models import tiny_base_folder, tiny_image_folder
 
 from dp_peft_diffusion import preparation, training
 from dp_peft_diffusion.diffusion.datasets import open_examples
+from dp_peft_diffusion.diffusion.encoder import PixelEncoder
 from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, Recipe, Sample, Train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,7 +162,7 @@ def left(tmp_path_factory):
     secrets = TEXTS | {"pixels": PIXELS, "N": Number(N)} | {f"key {index}": key for index, key in enumerate(keys)}
     grouped = {"group_column": "owner", "max_examples_per_group": 2, "class_names": ("red", "blue")}
     for name, data in (("table", Data(dataset_name=str(table), **grouped)), ("folder", Data(dataset_name=str(folder)))):
-        images = open_examples(data, 16, 1)
+        images = open_examples(data, PixelEncoder(16, 1), None)
         secrets |= {f"{name} source": images.source_digest, f"{name} content": images.content_digest}
     (control / "private").mkdir()
     for private in (place / "runs").glob("*.private"):

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mutants.tiny_run import MEMORY, NULL_ROW, TinyRun, key_of, private_images, tiny_base, tiny_net
+from mutants.tiny_run import MEMORY, TinyRun, key_of, private_images, tiny_base, tiny_net
 from scipy import stats
 from scipy.optimize import brentq
 
-from dp_peft_diffusion.batches import make_batch
+from dp_peft_diffusion.batches import make_batch, make_task
+from dp_peft_diffusion.diffusion.datasets import Examples
 from dp_peft_diffusion.errors import PrivacyError, RunError, UserError
 from dp_peft_diffusion.gradients.noise import add_noise
 from dp_peft_diffusion.privacy import certificate
@@ -77,17 +78,18 @@ def draws(seed: int) -> None:
     """An example draws by its id, step and key: alone or in company, whatever its pixels; each draw by itself."""
     net, ids = tiny_net(), np.array([17, 0, 5, 4])
     run = TinyRun(private_images(np.zeros((20, 4, 4))), noise_multiplicity=8, label_dropout=0.4)
-    recipe, base = run.recipe(), tiny_base(net)
+    task = make_task(run.recipe(), tiny_base(net))
 
     def batch_of(ids: np.ndarray, images: torch.Tensor, key: bytes = key_of(seed), step: int = 3):
         n = len(ids)
-        return make_batch(recipe, base, images[:n], torch.zeros(n, dtype=torch.long), torch.ones(n), ids, key, step)
+        examples = Examples(images[:n, None], torch.zeros(n, dtype=torch.long), torch.ones(n), {})
+        return make_batch(task, examples, ids, key, step)
 
     images = torch.randn(200, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
     together = batch_of(ids, images)
     for place, one in enumerate(ids):
         alone = batch_of(np.array([one]), images + 1)
-        for name in ("noise", "timesteps", "rows"):
+        for name in ("noise", "levels", "labels"):
             assert torch.equal(alone[name][0], together[name][place]), f"{name} of an example depends on its company"
     noise = together["noise"].flatten(0, 1)
     others = [batch_of(ids, images, step=4)["noise"][0], batch_of(ids, images, key=key_of(seed + 1))["noise"][0]]
@@ -96,8 +98,8 @@ def draws(seed: int) -> None:
     values = many["noise"].double().flatten()
     p = 2 * min(tail(values.square().sum().item(), len(values)) for tail in (stats.chi2.cdf, stats.chi2.sf))
     assert p > 1e-6, "diffusion noise is not standard normal"
-    dropped = (many["rows"] == NULL_ROW).double().mean().item()
-    assert abs(dropped - 0.4) < FAR * (0.24 / many["rows"].numel()) ** 0.5, f"labels are dropped at {dropped:.3g}"
+    dropped = (many["labels"] == task.conditions.null).double().mean().item()
+    assert abs(dropped - 0.4) < FAR * (0.24 / many["labels"].numel()) ** 0.5, f"labels are dropped at {dropped:.3g}"
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:

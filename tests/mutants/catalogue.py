@@ -29,7 +29,7 @@ FIRST_ROWS = (  # who takes part, what is summed: rows 1 to 9
     mutant(
         "two Poisson samples under one noise", 2, instruments.delivery, "training:train_steps",
         "total = clipper.zeros()",
-        "ids = np.union1d(ids, example_ids(key, step + 1000, len(prepared.images), mechanism.sampling_prob)); "
+        "ids = np.union1d(ids, example_ids(key, step + 1000, len(images), mechanism.sampling_prob)); "
         "total = clipper.zeros()",
     ),
     mutant(
@@ -54,7 +54,7 @@ FIRST_ROWS = (  # who takes part, what is summed: rows 1 to 9
     ),
     mutant(
         "q is one over the number of batches", 3, instruments.delivery, "training:train_steps",
-        "mechanism.sampling_prob", "1 / -(-len(prepared.images) // recipe.train.train_batch_size)",
+        "mechanism.sampling_prob", "1 / -(-len(images) // recipe.train.train_batch_size)",
     ),
     mutant(
         "what is not finite counts", 4, instruments.replay, "gradients.functional:Clip.sum",
@@ -105,8 +105,8 @@ FIRST_ROWS = (  # who takes part, what is summed: rows 1 to 9
         "micro_batches(ids,", "micro_batches(np.repeat(ids, recipe.train.noise_multiplicity),",
     ),
     mutant(
-        "draws are averaged over the batch", 7, instruments.replay, "diffusion.objectives:denoising_losses",
-        ".view(b, k).mean(dim=1)", ".view(k, b).mean(dim=0)",
+        "draws are averaged over the batch", 7, instruments.replay, "diffusion.objectives:Objective.losses",
+        ".view(b, rows).mean(dim=1)", ".view(rows, b).mean(dim=0)",
     ),
     mutant(
         "every tensor is clipped by itself", 8, instruments.replay, "gradients.functional:Clip.sum",
@@ -114,9 +114,9 @@ FIRST_ROWS = (  # who takes part, what is summed: rows 1 to 9
         "(torch.where(usable, self.factors(flat_norms({name: gradient})), 0.0) @ rows.double())",
     ),
     mutant(
-        "timesteps are stratified over the batch", 9, bookkeeping.draws, "diffusion.draws:draw_timesteps",
+        "timesteps are stratified over the batch", 9, bookkeeping.draws, "diffusion.draws:draw_levels",
         "(np.arange(draws) + uniform)",
-        "(np.arange(draws) + (uniform + np.arange(len(ids))[:, None] / len(ids)) % 1)",
+        "(np.arange(draws) + (uniform + np.arange(len(ids))[:, None, None] / len(ids)) % 1)",
     ),
     mutant(
         "noise is keyed by place in the batch", 9, instruments.invariance, "diffusion.draws:draw_noise",
@@ -211,7 +211,7 @@ MIDDLE_ROWS = (  # noise, keys, attempts, numbers: rows 10 to 20
         "resumes with another learning rate under the same noise", 14, whole_runs.resumption,
         "runs.folder:RunFolder._check_same", "!= without_bookkeeping(requested)", "is None",
         "preparation:prepare", "recipe = as_resolved(recipe, load_recipe(run.recipe(last)))", "pass",
-        "preparation:check_context", ".context != context", ".context is None",
+        "attempt:check_context", ".context != context", ".context is None",
         "privacy.randomness:attempt_key", "hkdf_sha256(run_key, context,", "hkdf_sha256(run_key, b'',",
     ),
     mutant(
@@ -331,29 +331,33 @@ LAST_ROWS = (  # data, what is shown, prices, what the optimizer sees: rows 21 t
     mutant(
         "images are normalised by the statistics of their batch", 21, whole_runs.records,
         "diffusion.datasets:PrivateImages.read",
-        "self._pixels[index].float() / 127.5 - 1",
-        "(self._pixels[index].float() - self._pixels[index].float().mean()) / 127.5",
+        "clean.float() / 127.5 - 1", "(clean.float() - clean.float().mean()) / 127.5",
     ),
     mutant(
         "unreadable rows are dropped before N", 21, whole_runs.records, "diffusion.datasets:PrivateImages.__len__",
-        "len(self._pixels) - 1", "int((self._weights > 0).sum())",
+        'len(self._arrays["weights"]) - 1', 'int((self._arrays["weights"] > 0).sum())',
     ),
     mutant(
-        "class names are read off the rows", 21, whole_runs.records, "diffusion.datasets:open_examples",
-        "(*arrays, class_names,", "(*arrays, tuple(class_names[c] for c in np.unique(labels[weights > 0])),",
+        "class names are read off the rows", 21, whole_runs.records, "diffusion.datasets:_written",
+        "(arrays, class_names,",
+        "(arrays, tuple(class_names[c] for c in np.unique(arrays['labels'][arrays['weights'] > 0])),",
     ),
     mutant(
-        "rows are ordered by content", 21, whole_runs.records, "diffusion.datasets:open_examples",
-        "torch.from_numpy(pixels),",
-        "torch.from_numpy(pixels[np.append(np.argsort(pixels[:-1].mean(axis=(1, 2, 3)), kind='stable'), n)]),",
+        "rows are ordered by content", 21, whole_runs.records, "diffusion.datasets:_written",
+        "arrays = open_arrays(folder, reader.null)",
+        "arrays = open_arrays(folder, reader.null); means = arrays['clean'][:-1].mean(axis=(1, 2, 3, 4)); "
+        "order = np.append(np.argsort(means, kind='stable'), listing.num_rows); "
+        "arrays = {name: array[order] for name, array in arrays.items()}",
     ),
     mutant(
         "an example's id is a hash of its content", 21, instruments.delivery, "training:train_steps",
-        "chunk.clip(0)", "np.array([hash(x.numpy().tobytes()) % 1000 for x in prepared.images.read(chunk)[0]])",
+        "chunk.clip(0)", "np.array([hash(x.numpy().tobytes()) % 1000 for x in images.read(chunk).clean])",
     ),
     mutant(
         "the self-check runs on private rows", 21, whole_runs.public_values, "preparation:prepare",
-        "check_clipper(recipe, base, clipper)", "check_clipper(recipe, base, clipper, images.read([0, 1]))",
+        "check_clipper(task, clipper)",
+        "check_clipper(task, clipper, __import__('dp_peft_diffusion.attempt', fromlist=['x']).open_examples("
+        "recipe.data, base, None).read([0, 1]))",
     ),
     mutant(
         "durations in metrics.jsonl", 22, whole_runs.released, "training:record_metrics",
@@ -369,9 +373,10 @@ LAST_ROWS = (  # data, what is shown, prices, what the optimizer sees: rows 21 t
         "record_metrics(prepared, step + 1, noisy,", "record_metrics(prepared, step + 1, total,",
     ),
     mutant(
-        "a private image in a grid", 23, instruments.replay, "training:write_grid",
-        "columns = 10 if", "images[0] = prepared.images.read([1 % len(prepared.images)])[0][0].clamp(0, 1).mul(255); "
-        "columns = 10 if",
+        "a private image in a grid", 23, instruments.replay, "training:train_steps",
+        "write_grid(prepared, 0)",
+        "write_grid(prepared, 0); private = images.read([1 % len(images)]).clean[0, 0].clamp(0, 1).mul(255).byte(); "
+        "image_grid(private[None], 1).save(prepared.run.staging / 'samples' / grid_name(0))",
     ),
     mutant(
         "the place of the images is shared", 24, whole_runs.released, "sharing.export:shareable_recipe",

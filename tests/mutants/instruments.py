@@ -32,6 +32,7 @@ from dp_peft_diffusion.gradients.clipper import PerSampleClipper
 from dp_peft_diffusion.gradients.functional import Clip, loop_clipped_sum, trainable
 from dp_peft_diffusion.gradients.optimizer import Ema
 from dp_peft_diffusion.privacy.poisson import example_ids
+from dp_peft_diffusion.recipe import Train
 
 RARE = 1e-6
 FAR = 6.0  # standard deviations: once in half a billion
@@ -240,7 +241,7 @@ def stray_gradients(seed: int) -> None:
     parameters, clean = ({"a": nn.Parameter(torch.ones(3))} for _ in range(2))
     parameters["a"].grad = torch.full((3,), 100.0)
     for one in (parameters, clean):
-        optimizer = training.make_optimizer("sgd", one, 0.5)
+        optimizer = training.make_optimizer(Train(optimizer="sgd", learning_rate=0.5), one, 0.0)
         training.apply_update(optimizer, one, {"a": torch.ones(3)}, 8)
     assert torch.equal(parameters["a"], clean["a"]), "an update holds a gradient that nobody clipped"
     net = Layers(nn.Linear(4, 4), nn.Linear(4, 2))
@@ -323,8 +324,8 @@ def audit(seed: int) -> None:
     net.canaries = nn.Embedding(2 * CANARIES, 1).eval()
     run = TinyRun(private_images(np.zeros((CANARIES, SIDE, SIDE))), steps=steps, micro_batch_size=256)
 
-    def batch_of(recipe, base, images, labels, weights, ids, key, step):
-        return {"entry": torch.from_numpy(ids), "weights": weights}
+    def batch_of(task, examples, ids, key, step):
+        return {"entry": torch.from_numpy(ids), "weights": examples.weights}
 
     def loss_of(model, batch):
         return 1e3 * model.canaries(batch["entry"]).squeeze(1) * batch["weights"]

@@ -24,6 +24,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from dp_peft_diffusion import training
+from dp_peft_diffusion.batches import make_task
 from dp_peft_diffusion.diffusion.adapters import Adapter
 from dp_peft_diffusion.diffusion.base_model import BaseLayout, BaseModel
 from dp_peft_diffusion.diffusion.class_rows import ClassRows
@@ -91,14 +92,13 @@ def tiny_net(**options) -> nn.Module:
 def private_images(records: np.ndarray, weights: np.ndarray | None = None, num_classes: int = 3) -> PrivateImages:
     """`records` (n, s, s), of any float32 values; record i has class i modulo the number of classes."""
     n, side, _ = records.shape
-    pixels = torch.zeros(n + 1, 1, side, side)
-    with np.errstate(over="ignore", invalid="ignore"):
-        pixels[:n, 0] = torch.from_numpy((records.astype(np.float32) + np.float32(1)) * np.float32(127.5))
-    kept = torch.ones(n + 1) if weights is None else torch.cat([torch.from_numpy(weights).float(), torch.zeros(1)])
-    kept[n] = 0
-    labels = torch.arange(n + 1) % num_classes * (kept > 0)
+    clean = np.zeros((n + 1, 1, 1, side, side), np.float32)
+    with np.errstate(over="ignore"):
+        clean[:n, 0, 0] = records
+    kept = np.append(np.ones(n) if weights is None else weights, 0).astype(np.float32)
+    labels = np.arange(n + 1) % num_classes * (kept > 0)
     names = tuple(f"class {c}" for c in range(num_classes))
-    return PrivateImages(pixels, labels.long(), kept, names, [], b"digest")
+    return PrivateImages({"clean": clean, "labels": labels, "weights": kept}, names, [], b"digest")
 
 
 def nulled(records: np.ndarray, i: int) -> PrivateImages:
@@ -203,8 +203,8 @@ def prepared_run(run: TinyRun, folder: Path, net: nn.Module) -> training.Prepare
         requested="",
         run=RunFolder(folder / "run"),
         accelerator=ACCELERATOR,
-        base=tiny_base(net),
-        images=run.images,
+        num_examples=len(run.images),
+        task=make_task(run.recipe(), tiny_base(net)),
         adapter=Adapter(net, None, net.class_embedding),
         clipper=PerSampleClipper(net, C),
         mechanism=run.mechanism(),
@@ -212,7 +212,6 @@ def prepared_run(run: TinyRun, folder: Path, net: nn.Module) -> training.Prepare
         earlier=None,
         begun={},
         resuming=False,
-        context={},
         seconds_per_micro_batch=1.0,
         activation_bytes=0,
         gamma_source=None,
@@ -229,10 +228,10 @@ def trace_of(run: TinyRun, key: bytes, net: nn.Module | None = None, learn: bool
     make_batch, apply_update, add_noise = training.make_batch, training.apply_update, training.add_noise
     read = run.images.read
 
-    def seen_batch(recipe, base, images, labels, weights, ids, batch_key, step):
+    def seen_batch(task, examples, ids, batch_key, step):
         trace.made.append(np.array(ids))
         trace.steps.append(step)
-        return make_batch(recipe, base, images, labels, weights, ids, batch_key, step)
+        return make_batch(task, examples, ids, batch_key, step)
 
     def seen_read(ids):
         trace.read.append(np.array(ids))
@@ -262,7 +261,7 @@ def trace_of(run: TinyRun, key: bytes, net: nn.Module | None = None, learn: bool
             patch.object(training, "epsilon_so_far", lambda prepared: [0.0] * run.steps),  # slow, and information only
             redirect_stderr(io.StringIO()),
         ):
-            training.train_steps(prepared, key)
+            training.train_steps(prepared, run.images, key)
         staging = prepared.run.staging
         trace.ledger = len(prepared.run.ledger.read_text().splitlines())
         metrics = staging / "metrics.jsonl"

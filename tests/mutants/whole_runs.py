@@ -20,8 +20,9 @@ from PIL import Image
 from tiny_models import tiny_image_folder
 from tiny_runs import changed, tiny_recipe
 
-from dp_peft_diffusion import training
+from dp_peft_diffusion import attempt, training
 from dp_peft_diffusion.diffusion.datasets import PrivateImages, open_examples
+from dp_peft_diffusion.diffusion.encoder import PixelEncoder
 from dp_peft_diffusion.privacy import certificate
 from dp_peft_diffusion.privacy.ledger import steps_begun
 from dp_peft_diffusion.recipe import Data, Recipe
@@ -32,19 +33,19 @@ def records(seed: int) -> None:
     with scratch() as folder:
         tiny_image_folder(folder / "images", {"dark": 60, "light": 190}, 4)
         data = Data(dataset_name=str(folder / "images"))
-        before = open_examples(data, 8, 1)
+        before = open_examples(data, PixelEncoder(8, 1), None)
         for broken in (folder / "images" / "light").iterdir():
             broken.write_bytes(b"not an image")
         ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
         Image.fromarray(ramp).save(folder / "images" / "dark" / "2.png")
-        after = open_examples(data, 8, 1)
+        after = open_examples(data, PixelEncoder(8, 1), None)
     assert len(before) == len(after) == 8, f"unreadable rows are not counted: N is {len(after)}, not 8"
     assert before.class_names == after.class_names == ("dark", "light"), "class names are read off the rows"
-    assert after.read(range(8))[2].tolist() == [1, 1, 1, 1, 0, 0, 0, 0], "an unreadable row is not the null record"
+    assert after.read(range(8)).weights.tolist() == [1, 1, 1, 1, 0, 0, 0, 0], "an unreadable row is not the null record"
     for i in (0, 1, 3):
-        same = all(torch.equal(x[0], y[0]) for x, y in zip(before.read([i]), after.read([i]), strict=True))
+        same = all(torch.equal(x[0], y[0]) for x, y in zip(before.read([i])[:3], after.read([i])[:3], strict=True))
         assert same, "one record's content changes another record, or its place"
-    images, labels, weights = before.read([3, -1, 6])
+    images, labels, weights, _ = before.read([3, -1, 6])
     for place, i in enumerate((3, -1, 6)):
         alone = before.read([i])
         assert torch.equal(images[place], alone[0][0]), "an image is not read by itself"
@@ -90,13 +91,14 @@ def _nobody_reads(*arguments: object) -> None:
 
 
 def _settled(prepared: training.Prepared) -> dict[str, object]:
+    context = attempt.context_of_run(prepared, attempt.open_images(prepared, None))
     return {
         "recipe": changed(prepared.recipe, "data", dataset_name=""),
         "mechanism": prepared.mechanism,
         "promise": prepared.promise,
         "notes": prepared.notes,
         "gamma": prepared.gamma_source,
-        "context": {name: text for name, text in prepared.context.items() if name != "images"},
+        "context": {name: text for name, text in context.items() if name != "images"},
         "what trains": {name: parameter.shape for name, parameter in prepared.clipper.parameters.items()},
     }
 

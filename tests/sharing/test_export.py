@@ -9,12 +9,14 @@ from tiny_models import tiny_base_folder
 
 from dp_peft_diffusion.diffusion.adapters import inject_adapter
 from dp_peft_diffusion.diffusion.base_model import load_base
+from dp_peft_diffusion.diffusion.conditions import condition_table
 from dp_peft_diffusion.errors import RunError
 from dp_peft_diffusion.privacy.certificate import verify
 from dp_peft_diffusion.privacy.mechanism import DPMechanism
+from dp_peft_diffusion.privacy.model_files import FROM_SCRATCH
 from dp_peft_diffusion.privacy.promise import make_promise
 from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, Recipe
-from dp_peft_diffusion.sharing.export import check_reload, export, shareable_recipe
+from dp_peft_diffusion.sharing.export import check_reload, export, public_base_name, shareable_recipe
 
 ROWS = (10, 11)
 
@@ -40,7 +42,8 @@ def exported(tmp_path_factory):
     (folder / "samples").mkdir(parents=True)
     for step in (0, 4):
         (folder / "samples" / f"step-{step:04d}.png").write_bytes(b"")
-    facts = export(folder, recipe, base, adapter, promise, "given by the user, declared public", "os", "deleted")
+    table = condition_table(base, ROWS, recipe.data.class_names, "")
+    facts = export(folder, recipe, base, table, adapter, promise, "given by the user, declared public", "os", "deleted")
     return folder, base, adapter, recipe, facts
 
 
@@ -93,4 +96,10 @@ def test_an_export_that_does_not_reload_the_same_is_caught(exported, tmp_path, p
     save_file(tensors, broken / "adapter_model.safetensors", {"format": "pt"})
     unet = adapter.unet if plant == "changed" else base.unet
     with pytest.raises(RunError, match="differ" if plant == "changed" else "change nothing"):
-        check_reload(base, unet, ROWS, broken)
+        check_reload(base, False, unet, condition_table(base, ROWS, None, ""), broken)
+
+
+@pytest.mark.parametrize("prefix", ["", FROM_SCRATCH])
+def test_the_name_of_a_base_tells_no_folder_of_the_machine(tmp_path, prefix):
+    assert public_base_name(f"{prefix}{tmp_path}") == f"{prefix}./{tmp_path.name}"
+    assert public_base_name(f"{prefix}builtin:handwriting") == f"{prefix}builtin:handwriting"

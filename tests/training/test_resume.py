@@ -10,6 +10,7 @@ from tiny_runs import KEY, changed, tiny_recipe
 
 from dp_peft_diffusion import attempt, training
 from dp_peft_diffusion.cli.certificates import delete_left_over_key
+from dp_peft_diffusion.diffusion.datasets import source_digest
 from dp_peft_diffusion.errors import RunError, UserError
 from dp_peft_diffusion.privacy import spending
 from dp_peft_diffusion.privacy.certificate import verify
@@ -259,7 +260,7 @@ def test_a_new_attempt_charges_every_step_begun_and_the_certificate_says_so(reci
     assert prepared.promise.priced == pytest.approx(prepare(ten, tmp_path / "ten").promise.priced, rel=1e-3)
     assert steps_begun(result.private_folder / "ledger.jsonl") == {1: 4, 2: 6}
     names = [one.name for one in load_attempts(prepared.run.attempts).attempts]
-    entries = spending.spendings(spending.data_set_id(prepared.images.source_digest))
+    entries = spending.spendings(spending.data_set_id(source_digest(prepared.recipe.data)))
     assert {entry.name: entry.steps for entry in entries if entry.name in names} == dict(
         zip(names, [4, 6], strict=True)
     )

@@ -13,6 +13,7 @@ from scipy.stats import chi2
 from tiny_models import tiny_base_folder
 
 from dp_peft_diffusion import attempt, batches, preparation, rehearsal, training
+from dp_peft_diffusion.diffusion.datasets import Examples
 from dp_peft_diffusion.errors import PrivacyError, RunError, UserError
 from dp_peft_diffusion.privacy.certificate import verify
 from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, Recipe, Sample, Train
@@ -182,11 +183,12 @@ def test_noise_has_its_standard_deviation_on_every_tensor_and_class_row(recipe, 
     recipe = changed(recipe, "train", max_train_steps=60, train_batch_size=2)
     recipe = changed(recipe, "privacy", epsilon=None, noise_multiplier=2.0, max_grad_norm=3.0, gamma=0.1)
     prepared = prepare(recipe, tmp_path / "run")
+    images = attempt.open_images(prepared, None)
     with prepared.run.locked():
-        attempt.begin(prepared, KEY, None)
+        attempt.begin(prepared, images, KEY, None)
     seen: list[dict[str, torch.Tensor]] = []
     monkeypatch.setattr(training, "apply_update", lambda o, p, noisy, b: seen.append(noisy))
-    train_steps(prepared, KEY)
+    train_steps(prepared, images, KEY)
     assert set(seen[0]) == set(prepared.adapter.trainable)
     for name in seen[0]:
         values = torch.stack([noisy[name] for noisy in seen]).double() / 6.0
@@ -205,13 +207,20 @@ def test_an_empty_batch_is_a_step(recipe, tmp_path, monkeypatch):
 def test_a_dropped_label_is_the_null_row_and_the_others_are_the_rows_of_their_class(recipe, base, tmp_path):
     loaded = preparation.load_base(base)
     wanted = changed(changed(recipe, "adapter", class_rows=(10, 11)), "train", label_dropout=0.4, noise_multiplicity=50)
+    wanted = changed(wanted, "data", class_names=("dark", "light"))
     labels = torch.arange(40) % 2
-    inputs = (torch.zeros(40, 1, 16, 16), labels, torch.ones(40), np.arange(40), KEY, 3)
-    rows = batches.make_batch(wanted, loaded, *inputs)["rows"]
+    examples = Examples(torch.zeros(40, 1, 1, 16, 16), labels, torch.ones(40), {})
+
+    def rows_of(recipe):
+        task = batches.make_task(recipe, loaded)
+        batch = batches.make_batch(task, examples, np.arange(40), KEY, 3)
+        return batches.conditions_of(task, batch)["class_labels"].view(40, 50)
+
+    rows = rows_of(wanted)
     dropped = rows == loaded.layout.null_class
     assert dropped.double().mean().item() == pytest.approx(0.4, abs=5 * (0.24 / 2000) ** 0.5)
     assert torch.equal(rows[~dropped], (10 + labels)[:, None].expand(-1, 50)[~dropped])
-    kept = batches.make_batch(changed(wanted, "train", label_dropout=0.0), loaded, *inputs)["rows"]
+    kept = rows_of(changed(wanted, "train", label_dropout=0.0))
     assert torch.equal(kept, (10 + labels)[:, None].expand(-1, 50))
 
 
@@ -270,8 +279,8 @@ def test_auto_precision_is_the_faster_one_and_stands_in_the_resolved_recipe(
 ):
     clock, original = [0.0], rehearsal.make_loss
 
-    def timed_loss(base, mixed_precision="no"):
-        loss_fn = original(base, mixed_precision)
+    def timed_loss(task, mixed_precision="no"):
+        loss_fn = original(task, mixed_precision)
 
         def run_slowly(unet, batch):
             clock[0] += 2.0 if mixed_precision == slower else 1.0
@@ -290,9 +299,9 @@ def test_auto_precision_is_the_faster_one_and_stands_in_the_resolved_recipe(
 
 def test_a_bfloat16_loss_runs_the_network_in_bfloat16_and_itself_in_float32(recipe, tmp_path):
     prepared = prepare(recipe, tmp_path / "run")
-    batch = batches.made_up_batch(prepared.recipe, prepared.base, 2)
-    exact = batches.make_loss(prepared.base)(prepared.adapter.unet, batch)
-    coarse = batches.make_loss(prepared.base, "bf16")(prepared.adapter.unet, batch)
+    batch = batches.made_up_batch(prepared.task, 2)
+    exact = batches.make_loss(prepared.task)(prepared.adapter.unet, batch)
+    coarse = batches.make_loss(prepared.task, "bf16")(prepared.adapter.unet, batch)
     assert exact.dtype == coarse.dtype == torch.float32
     assert not torch.equal(exact, coarse) and torch.allclose(exact, coarse, rtol=0.05)
 
