@@ -10,16 +10,15 @@ import torch
 from dp_peft_diffusion.diffusion.datasets import PrivateImages, open_examples
 from dp_peft_diffusion.errors import RunError, UserError
 from dp_peft_diffusion.gradients.optimizer import Ema
-from dp_peft_diffusion.preparation import Prepared, check_ledger
+from dp_peft_diffusion.preparation import Prepared, check_context, check_ledger
 from dp_peft_diffusion.privacy.ledger import Ledger, steps_begun
 from dp_peft_diffusion.privacy.randomness import attempt_key, new_key
 from dp_peft_diffusion.privacy.spending import record_given_up, record_published, record_spending
 from dp_peft_diffusion.recipe import to_yaml
-from dp_peft_diffusion.resolution import shaping_recipe
 from dp_peft_diffusion.runs.attempts import Attempt, Attempts, load_attempts
-from dp_peft_diffusion.runs.context import context_digest, context_of, differences
+from dp_peft_diffusion.runs.context import context_digest
 from dp_peft_diffusion.runs.escrow import EscrowedKey, write_escrowed_key
-from dp_peft_diffusion.runs.folder import RunFolder, key_check_of
+from dp_peft_diffusion.runs.folder import key_check_of
 from dp_peft_diffusion.runs.state import load_state, restore
 
 
@@ -38,29 +37,7 @@ def open_images(prepared: Prepared, folder: Path | None) -> PrivateImages:
 
 def context_of_run(prepared: Prepared, images: PrivateImages) -> dict[str, str]:
     """Everything that shapes an update of a run."""
-    return context_of(
-        shaping_recipe(prepared.recipe),
-        prepared.mechanism,
-        prepared.promise,
-        images.content_digest,
-        prepared.base.digest,
-        prepared.accelerator.device,
-    )
-
-
-def check_context(earlier: Attempts, context: dict[str, str], run: RunFolder) -> None:
-    """An interrupted run goes on only as it began: its noise is never used under another context (invariant 12).
-
-    Raises:
-        UserError: naming what changed.
-    """
-    if earlier.attempts[-1].context != context:
-        changed = differences(earlier.attempts[-1].context, context)
-        raise UserError(
-            f"the interrupted run in {run.private} began otherwise: {changed}. Its noise cannot be used again. Put "
-            "things back as they were and type the same command, or add --new_attempt, which draws fresh noise and "
-            "counts every step begun before."
-        )
+    return prepared.context | {"images": images.content_digest.hex()}
 
 
 def begin(

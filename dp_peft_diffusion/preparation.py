@@ -28,8 +28,9 @@ from dp_peft_diffusion.rehearsal import (
     measure_micro_batch,
     set_memory_format,
 )
-from dp_peft_diffusion.resolution import as_resolved, check_given, make_mechanism, resolve
+from dp_peft_diffusion.resolution import as_resolved, check_given, make_mechanism, resolve, shaping_recipe
 from dp_peft_diffusion.runs.attempts import Attempts, charged, load_attempts
+from dp_peft_diffusion.runs.context import context_of, differences
 from dp_peft_diffusion.runs.folder import RunFolder
 from dp_peft_diffusion.runs.state import steps_saved
 
@@ -39,7 +40,7 @@ class Prepared:
     """Everything a run needs, and what its plan tells.
 
     `promise` is None with --no_privacy. `earlier` lists the attempts begun before, `begun` the steps that each began;
-    `resuming` says that the last of them goes on.
+    `resuming` says that the last of them goes on. `context` is everything that shapes an update but for the images.
     """
 
     recipe: Recipe  # resolved: runs again as it stands
@@ -55,6 +56,7 @@ class Prepared:
     earlier: Attempts | None
     begun: dict[int, int]
     resuming: bool
+    context: dict[str, str]
     seconds_per_micro_batch: float
     activation_bytes: int
     gamma_source: str | None
@@ -125,6 +127,9 @@ def prepare(
     check_export(recipe, base, adapter, promise, gamma_source)
     if not recipe.train.skip_self_check:
         check_clipper(task, clipper)
+    context = context_of(shaping_recipe(recipe), mechanism, promise, base.digest, accelerator.device)
+    if resuming and earlier is not None:
+        check_context(earlier, context, run)
     seconds, activation_bytes = measure_micro_batch(task, clipper)
     return Prepared(
         recipe=recipe,
@@ -140,6 +145,7 @@ def prepare(
         earlier=earlier,
         begun=begun,
         resuming=resuming,
+        context=context,
         seconds_per_micro_batch=seconds,
         activation_bytes=activation_bytes,
         gamma_source=gamma_source,
@@ -166,6 +172,23 @@ def choose(
         notes += (note,)
     set_memory_format(adapter.unet, recipe.train.mixed_precision)
     return dataclasses.replace(task, recipe=recipe), clipper, notes, source
+
+
+def check_context(earlier: Attempts, context: dict[str, str], run: RunFolder) -> None:
+    """An interrupted run goes on only as it began: its noise is never used under another context (invariant 12).
+
+    context: or a part of it.
+
+    Raises:
+        UserError: naming what changed.
+    """
+    before = {name: text for name, text in earlier.attempts[-1].context.items() if name in context}
+    if before != context:
+        raise UserError(
+            f"the interrupted run in {run.private} began otherwise: {differences(before, context)}. Its noise cannot "
+            "be used again. Put things back as they were and type the same command, or add --new_attempt, which draws "
+            "fresh noise and counts every step begun before."
+        )
 
 
 def check_ledger(run: RunFolder, attempt: int, steps_saved: int, begun: dict[int, int]) -> None:

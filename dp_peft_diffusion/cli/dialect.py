@@ -38,7 +38,7 @@ _INSTEAD = {
     "checkpoints_total_limit resume_from_checkpoint save_steps save_every_n_epochs": _RESUME,
     "overwrite overwrite_output_dir": "nothing is overwritten: give another --output_dir, or remove the old folder",
     "validation_prompt validation_epochs validation_steps num_validation_images eval_steps": _GRID,
-    "sample_every_n_steps sample_every_n_epochs sample_prompts": _GRID,
+    "sample_every_n_steps sample_every_n_epochs": _GRID,
     "push_to_hub hub_model_id hub_token": _HUB,
     "output_name": "use --output_dir",
     "use_peft network_module": "use --adapter lora",

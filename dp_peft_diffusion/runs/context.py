@@ -22,15 +22,14 @@ VARIABLES = (  # of the environment, by which libraries choose other kernels or 
 
 
 def context_of(
-    recipe: str, mechanism: DPMechanism, promise: Promise | None, images: bytes, base: str, device: torch.device
+    recipe: str, mechanism: DPMechanism, promise: Promise | None, base: str, device: torch.device
 ) -> dict[str, str]:
-    """What shapes the updates of a run, as texts.
+    """What shapes the updates of a run but for its images, as texts.
 
     Args:
         recipe: resolved, as YAML, without places on this machine: what lies there has its own digest.
         mechanism: with its noise.
         promise: whose earlier releases the noise was calibrated beside; None without privacy.
-        images: digest of the decoded records.
         base: digest of its weights and settings.
         device: that computes.
     """
@@ -38,7 +37,6 @@ def context_of(
     return {
         "recipe": recipe,
         "mechanism": json.dumps(dataclasses.asdict(mechanism), sort_keys=True),
-        "images": images.hex(),
         "earlier releases": "none" if promise is None else str(promise.prior),
         "base": base,
         "code": code_digest(),

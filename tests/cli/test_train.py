@@ -154,11 +154,16 @@ NEEDS = {
     "group_column": "--max_examples_per_group 2",
     "max_examples_per_group": "--group_column patient",
     "sampling_prob": "--neighboring_relation add_or_remove_one",
+    "augmentation_multiplicity": "--augmentations flip",
+    "timestep_edges": "--timestep_weights 1",
+    "timestep_weights": "--timestep_edges 0,3,9",
 }
 
 
 def test_every_field_can_be_set(training):
     values = {str: "text", int: "3", float: "0.25", tuple[str, ...]: "a,b", tuple[int, ...]: "1,2"}
+    values[tuple[float, ...]] = "0.25,0.75"
+    parsed = {"3": 3, "0.25": 0.25, "a,b": ("a", "b"), "1,2": (1, 2), "0.25,0.75": (0.25, 0.75)}
     for section, spec, default in options(Recipe()):
         kind = getattr(spec.type, "__args__", [spec.type])[0] if "None" in str(spec.type) else spec.type
         if kind is bool or "choices" in spec.metadata:
@@ -166,7 +171,7 @@ def test_every_field_can_be_set(training):
         extra = [] if section == "privacy" else ["--epsilon", "1"]
         words = [flag(section, spec), values[kind], *extra, *NEEDS.get(spec.name, "").split()]
         value = getattr(getattr(asked_recipe(training, *words), section), spec.name)
-        assert value == {"3": 3, "0.25": 0.25, "a,b": ("a", "b"), "1,2": (1, 2)}.get(values[kind], values[kind])
+        assert value == parsed.get(values[kind], values[kind])
         assert value != default
 
 

@@ -211,7 +211,7 @@ MIDDLE_ROWS = (  # noise, keys, attempts, numbers: rows 10 to 20
         "resumes with another learning rate under the same noise", 14, whole_runs.resumption,
         "runs.folder:RunFolder._check_same", "!= without_bookkeeping(requested)", "is None",
         "preparation:prepare", "recipe = as_resolved(recipe, load_recipe(run.recipe(last)))", "pass",
-        "attempt:check_context", ".context != context", ".context is None",
+        "preparation:check_context", "before != context", "before is None",
         "privacy.randomness:attempt_key", "hkdf_sha256(run_key, context,", "hkdf_sha256(run_key, b'',",
     ),
     mutant(

@@ -212,6 +212,7 @@ def prepared_run(run: TinyRun, folder: Path, net: nn.Module) -> training.Prepare
         earlier=None,
         begun={},
         resuming=False,
+        context={},
         seconds_per_micro_batch=1.0,
         activation_bytes=0,
         gamma_source=None,

@@ -159,7 +159,7 @@ def test_images_that_changed_in_place_are_refused(recipe, tmp_path, monkeypatch)
     interrupt(monkeypatch, recipe, tmp_path / "run")
     next((tmp_path / "images").rglob("*.png")).write_bytes(b"")
     with pytest.raises(UserError, match="the images changed"):
-        prepare(recipe, tmp_path / "run")
+        run(prepare(recipe, tmp_path / "run"))
 
 
 MACHINES = {
