@@ -127,7 +127,8 @@ def prepare(
     check_export(recipe, base, adapter, promise, gamma_source)
     if not recipe.train.skip_self_check:
         check_clipper(task, clipper)
-    context = context_of(shaping_recipe(recipe), mechanism, promise, base.digest, accelerator.device)
+    shaping, told = shaping_recipe(recipe), task.conditions.digest
+    context = context_of(shaping, mechanism, promise, base.digest, told, accelerator.device)
     if resuming and earlier is not None:
         check_context(earlier, context, run)
     seconds, activation_bytes = measure_micro_batch(task, clipper)

@@ -1,9 +1,11 @@
 """What is tried out before step 1, on public or made-up inputs only (invariant 15): sampler, gradients, speed."""
 
+import contextlib
 import dataclasses
 import decimal
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,21 @@ GAMMA_IMAGES = 64
 GAMMA_SHARE = 0.1  # of the median norm of public images
 
 
+@contextlib.contextmanager
+def memory_told() -> Iterator[None]:
+    """What to type when a micro-batch does not fit the device.
+
+    Raises:
+        UserError: torch is out of memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "a micro-batch does not fit the device. Type a smaller --micro_batch_size: it changes nothing but time."
+        ) from error
+
+
 def check_sampler(base: BaseModel, sample: recipes.Sample) -> None:
     """Make one image as the recipe's grids will be made, so that a wrong sampler costs no privacy.
 
@@ -47,6 +64,7 @@ def check_sampler(base: BaseModel, sample: recipes.Sample) -> None:
     )
 
 
+@memory_told()
 def choose_gamma(task: Task, adapter: Adapter) -> float:
     """A tenth of the median per-example gradient norm of images sampled from the base itself.
 
@@ -55,9 +73,8 @@ def choose_gamma(task: Task, adapter: Adapter) -> float:
     """
     base, size = task.base, task.recipe.train.micro_batch_size
     conditions = null_conditions(base, GAMMA_IMAGES)
-    if base.num_class_embeds is not None:
-        public = base.num_class_embeds if base.layout.null_class is None else base.layout.null_class
-        labels = np.random.default_rng(0).integers(public, size=GAMMA_IMAGES)
+    if base.public_rows:
+        labels = np.random.default_rng(0).choice(base.public_rows, size=GAMMA_IMAGES)
         conditions = {"class_labels": torch.from_numpy(labels).to(base.unet.device)}
     sampled = sample_images(base, conditions, num_images=GAMMA_IMAGES, seed=0, batch_size=size, device=base.unet.device)
     clipper, loss_fn = PerSampleClipper(adapter.unet), make_loss(task)  # for its norms: nothing is clipped
@@ -88,6 +105,7 @@ def choose_precision(task: Task, clipper: PerSampleClipper) -> tuple[str, str]:
     return fastest, f"{note}, measured on made-up images"
 
 
+@memory_told()
 def seconds_of(task: Task, clipper: PerSampleClipper, mixed_precision: str) -> float:
     """The fastest of the micro-batches of made-up images that fit into about a second."""
     set_memory_format(clipper.model, mixed_precision)
@@ -106,6 +124,7 @@ def set_memory_format(model: torch.nn.Module, mixed_precision: str) -> None:
     model.to(memory_format=torch.channels_last if mixed_precision == "bf16" else torch.contiguous_format)
 
 
+@memory_told()
 def check_clipper(task: Task, clipper: PerSampleClipper) -> None:
     """The start-up self-check: the loss, model and shapes of the run, on made-up images; two examples, two draws.
 
@@ -142,6 +161,7 @@ def check_export(
             ) from error
 
 
+@memory_told()
 def measure_micro_batch(task: Task, clipper: PerSampleClipper) -> tuple[float, int]:
     """Seconds for one micro-batch of made-up images (the second one run), and bytes kept for its backward.
 

@@ -43,6 +43,11 @@ def resolve(recipe: Recipe, base: BaseModel, class_names: tuple[str, ...] | None
             f"base {base.name!r} wants a class for every image, and the images have no labels. "
             "Give --label_column, or choose an unconditional base."
         )
+    if adapter.class_rows is not None and (class_names is None or base.num_class_embeds is None):
+        raise UserError(
+            "--class_rows names rows for labelled images on a base with a class table, and there is no such pair here. "
+            "Leave it out, or give --label_column."
+        )
     if class_names is None or not told:
         data = dataclasses.replace(data, label_column=None, class_names=None)
     else:

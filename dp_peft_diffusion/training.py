@@ -28,6 +28,7 @@ from dp_peft_diffusion.preparation import Prepared, prepare
 from dp_peft_diffusion.privacy.ledger import Ledger
 from dp_peft_diffusion.privacy.poisson import example_ids
 from dp_peft_diffusion.recipe import Recipe
+from dp_peft_diffusion.rehearsal import memory_told
 from dp_peft_diffusion.runs.folder import FinishedRun, grid_name
 from dp_peft_diffusion.runs.state import save_state, training_tensors
 from dp_peft_diffusion.sharing.export import export
@@ -71,7 +72,8 @@ def run(prepared: Prepared, key: bytes | None = None, escrow_key: Path | None = 
         with folders.locked():
             images = open_images(prepared, folders.cache)
             record, streams = begin(prepared, images, key, escrow_key)
-            train_steps(prepared, images, streams)
+            with memory_told():
+                train_steps(prepared, images, streams)
             certificate = export(
                 folders.staging,
                 prepared.recipe,

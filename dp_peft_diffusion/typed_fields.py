@@ -17,7 +17,8 @@ T = TypeVar("T")
 def option(default: Any = MISSING, **metadata: Any) -> Any:
     """A field with its metadata.
 
-    Keys: help; flag, if another name than the field's; aliases of the flag; choices; above, at_least, below (a range).
+    Keys: help; flag, if another name than the field's; aliases of the flag; choices; above, at_least, below (a range);
+    separator of a list's entries on the command line, if not a comma; longest, of a text.
     """
     return field(default=default, metadata=metadata)
 
@@ -85,6 +86,10 @@ def _check_value(value: Any, spec: "Field[Any]", at: str) -> None:
     if "choices" in meta and value is not None and value not in meta["choices"]:
         raise UserError(
             f"{at}: unknown {value!r}. {nearest(value, meta['choices'])}It is {' or '.join(meta['choices'])}."
+        )
+    if isinstance(value, str) and len(value) > meta.get("longest", len(value)):
+        raise UserError(
+            f"{at} has {len(value)} characters; at most {meta['longest']} are recorded. Type a shorter text."
         )
     if isinstance(value, bool) or not isinstance(value, int | float):
         return

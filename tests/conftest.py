@@ -5,8 +5,9 @@ import tempfile
 
 from hypothesis import HealthCheck, settings
 
+# Two workers share two cores: more threads would wait for each other.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(name, "2")
+    os.environ[name] = "1" if "PYTEST_XDIST_WORKER" in os.environ else os.environ.get(name, "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 _home = tempfile.TemporaryDirectory(prefix="dp-peft-tests-")

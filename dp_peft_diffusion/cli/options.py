@@ -20,11 +20,12 @@ format_option = click.option(
 
 
 class FieldValue(click.ParamType):
-    """The text of an option as its field's type: `none` for nothing, commas between the entries of a list."""
+    """The text of an option as its field's type: `none` for nothing, a comma or so between the entries of a list."""
 
     name = "value"
 
-    def __init__(self, hint: Any):
+    def __init__(self, hint: Any, separator: str = ","):
+        self.separator = separator
         self.optional = isinstance(hint, UnionType)
         inner = typing.get_args(hint)[0] if self.optional else hint
         self.is_list = typing.get_origin(inner) is tuple
@@ -35,7 +36,7 @@ class FieldValue(click.ParamType):
         if self.optional and value.lower() == "none":
             return None
         if self.is_list:
-            return tuple(self._scalar(part.strip(), param, ctx) for part in value.split(","))
+            return tuple(self._scalar(part.strip(), param, ctx) for part in value.split(self.separator))
         return self._scalar(value, param, ctx)
 
     def _scalar(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -92,10 +93,11 @@ def _field_option(section: str, spec: "Field[Any]", default: Any) -> Callable[..
         # no_privacy is left by giving --epsilon.
         spelling = name if spec.name.startswith("no_") else f"{name}/--no_{name[2:]}"
         return click.option(spelling, key, is_flag=True, default=None, help=f"{text}.")
-    kind = FieldValue(spec.type)
+    separator = meta.get("separator", ",")
+    kind = FieldValue(spec.type, separator)
     metavar = f"[{'|'.join(meta['choices'])}]" if "choices" in meta else _METAVARS[kind.element]
     if kind.is_list:
-        metavar = "A,B,..."
+        metavar = separator.join(("A", "B", "..."))
         default = ",".join(map(str, default)) if default else None
     shown = f"{text}." if default in (None, "") else f"{text}.  [{default}]"
     aliases = [f"--{alias}" for alias in meta.get("aliases", ())]

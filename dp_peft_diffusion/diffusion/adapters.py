@@ -12,7 +12,7 @@ from torch import nn
 
 from dp_peft_diffusion import recipe
 from dp_peft_diffusion.diffusion.adapter_kinds import KINDS, carrier, peft_config, rows_alone
-from dp_peft_diffusion.diffusion.base_model import BaseModel, load_base
+from dp_peft_diffusion.diffusion.base_model import BaseModel, load_parts
 from dp_peft_diffusion.diffusion.class_rows import (
     CLASS_TABLE,
     ClassRows,
@@ -186,13 +186,13 @@ def load_adapter(model: nn.Module, folder: Path | str) -> PeftModel:
 
 
 def load_whole_model(folder: Path | str) -> BaseModel:
-    """The net in a shareable folder that trained as a whole, after checking the files.
+    """The net in a shareable folder that trained as a whole, after checking the files; never an autoencoder.
 
     Raises:
         PrivacyError: the files say what we never write, or are not all of a net.
     """
     shapes = check_model(Path(folder))
-    loaded = load_base(str(folder))
+    loaded = load_parts(str(folder))
     if _shapes(loaded.unet) != shapes:
         raise PrivacyError(f"the model in {folder} has not exactly the weights that its config.json promises.")
     return loaded

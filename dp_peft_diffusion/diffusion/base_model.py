@@ -26,9 +26,21 @@ from dp_peft_diffusion.diffusion.unets import load_unet, make_unet, unet_config
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.privacy.model_files import BUILTIN_BASES, FROM_SCRATCH
 
-__all__ = ["BUILTIN_BASES", "BaseLayout", "BaseModel", "fingerprint", "load_base", "save_base"]
+__all__ = [
+    "BUILTIN_BASES",
+    "BaseLayout",
+    "BaseModel",
+    "check_fit",
+    "fingerprint",
+    "load_base",
+    "load_parts",
+    "save_base",
+]
 LAYOUT_FILE = "dp_peft_base.json"
 _PRIVATE_KEYS = ("_name_or_path", "_diffusers_version", "_class_name", "_use_default_values")  # say nothing of the net
+# Of the configs of autoencoders and text encoders, what the shapes of weights do not show.
+_BESIDE_WEIGHTS = ("scaling_factor", "shift_factor", "norm_num_groups", "act_fn", "norm_type", "lookup_from_codebook")
+_BESIDE_WEIGHTS += ("num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_id")
 
 
 @dataclass(frozen=True)
@@ -39,12 +51,14 @@ class BaseLayout:
     null_class: row of the class table that means "no class" (label dropout), if there is one.
     spare_classes: first row, and one past the last, that stands for nothing yet.
     class_code_rank: dimensions that the public rows of the class table span around the null row.
+    latent: it denoises latents of an autoencoder, which need not lie beside it.
     """
 
     pixel_packing: int = 1
     null_class: int | None = None
     spare_classes: tuple[int, int] = (0, 0)
     class_code_rank: int | None = None
+    latent: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,26 @@ class BaseModel:
     def num_class_embeds(self) -> int | None:
         """Rows of the class table; None for a base without classes."""
         return self.unet.config.num_class_embeds
+
+    @property
+    def public_rows(self) -> list[int]:
+        """Rows of the class table that stand for public classes; all but the null row where every other is spare."""
+        first, end = self.layout.spare_classes
+        rows = [row for row in range(self.num_class_embeds or 0) if row != self.layout.null_class]
+        return [row for row in rows if not first <= row < end] or rows
+
+    @cached_property
+    def parts_digest(self) -> str | None:
+        """SHA-256 of the autoencoder and the text encoders; None of a base that has neither.
+
+        Certificates hold it. So of the configs it takes `_BESIDE_WEIGHTS` alone: libraries add keys as years go by.
+        """
+        parts = [part for part in (self.vae, *(self.text.encoders if self.text else ())) if part is not None]
+        if not parts:
+            return None
+        facts = [[fingerprint(part), *(getattr(part.config, key, None) for key in _BESIDE_WEIGHTS)] for part in parts]
+        zeros_for_empty = self.text is not None and self.text.zeros_for_empty
+        return hashlib.sha256(json.dumps([facts, zeros_for_empty]).encode()).hexdigest()
 
     @cached_property
     def digest(self) -> str:
@@ -158,20 +192,43 @@ def load_base(
     Raises:
         UserError: unknown name, or a base that this version cannot train; the message names what is missing.
     """
+    base = load_parts(name, revision, from_scratch, prediction_type, seed)
+    if base.layout.latent and base.vae is None:
+        raise UserError(
+            f"base {name!r} denoises latents and has no autoencoder: it trained as a whole on a latent base. To train "
+            "on it, copy its folder and put vae/ of that base into the copy. For images, type dp-peft sample --base "
+            "with that base."
+        )
+    return base
+
+
+def load_parts(
+    name: str,
+    revision: str | None = None,
+    from_scratch: bool = False,
+    prediction_type: str | None = None,
+    seed: int = 0,
+) -> BaseModel:
+    """As `load_base`, but the autoencoder of a net on latents may lie elsewhere: `layout.latent` says so.
+
+    Raises:
+        UserError: what `load_base` refuses besides.
+    """
     folder = find_folder(name, revision)
     index = read_settings(folder / "model_index.json") or {}
     subfolder = "unet" if (folder / "unet").is_dir() else None
     config = unet_config(folder / (subfolder or ""), index, name)
     vae = load_autoencoder(folder, name)
-    scheduler = read_schedule(folder, name, latent=vae is not None)
-    scheduler = with_prediction_type(scheduler, prediction_type, from_scratch)
+    layout = _load_layout(folder)
+    latent = layout.latent or vae is not None
+    scheduler = with_prediction_type(read_schedule(folder, name, latent), prediction_type, from_scratch, latent)
     conditional = config["_class_name"] == "UNet2DConditionModel"
     text = load_text_encoders(folder, index, name) if conditional else None
     unet = make_unet(config, seed) if from_scratch else load_unet(config, folder, name)
     base = BaseModel(
         unet=unet,
         scheduler=scheduler,
-        layout=_load_layout(folder),
+        layout=layout,
         name=FROM_SCRATCH + name if from_scratch else name,
         revision=revision,
         subfolder=subfolder,
@@ -179,14 +236,15 @@ def load_base(
         vae=vae,
         text=text,
     )
-    _check_parts(base)
+    check_fit(base)
     return base
 
 
 def fingerprint(model: torch.nn.Module) -> str:
     """SHA-256 over the names, shapes, types and bytes of all weights, in order of name."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    # Some versions of transformers put "text_model." before the weights of a CLIPTextModel, others do not.
+    for name, tensor in sorted((k.removeprefix("text_model."), v) for k, v in model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -211,8 +269,12 @@ def _load_layout(folder: Path) -> BaseLayout:
         raise UserError(f"{path} is no layout of a base: {error}. Restore the file, or pretrain again.") from error
 
 
-def _check_parts(base: BaseModel) -> None:
-    """The parts of a base fit one another, and the UNet denoises what it is given and nothing else."""
+def check_fit(base: BaseModel) -> None:
+    """The parts of a base fit one another, and the UNet denoises what it is given and nothing else.
+
+    Raises:
+        UserError: naming what does not fit.
+    """
     config, fault = base.unet.config, None
     if config.in_channels != config.out_channels:  # inpainting, upscaling, learned variances
         fault = f"its UNet takes {config.in_channels} channels and gives {config.out_channels}"

@@ -1,7 +1,8 @@
 """Records of fixed shapes in memory-mapped files, so that N of them never have to fit into memory.
 
 A cache is a folder (mode 0700) with one .npy file for each array, and `cache.json`, which names everything the arrays
-were made from. It appears whole, by one rename, or not at all.
+were made from. It appears whole, by one rename, or not at all. Records that are not kept lie in files without a name,
+which no kill leaves behind (invariant 13).
 """
 
 import contextlib
@@ -9,9 +10,10 @@ import itertools
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -41,28 +43,38 @@ def replacing(folder: Path) -> Iterator[Path]:
         raise
 
 
-def write_arrays(folder: Path, records: Iterable[Record], null: Record, num_records: int) -> None:
-    """Write `num_records` records, one after another, and the null record behind them: name.npy (N + 1, ...).
+def write_arrays(
+    folder: Path | None, records: Iterable[Record], null: Record, num_records: int
+) -> dict[str, np.ndarray]:
+    """Write `num_records` records, one after another, and the null record behind them; map (N + 1, ...) for reading.
 
+    folder: gets name.npy of each array. None: files without a name, which last as long as the arrays.
     null: says the name, shape and type of each array. The files are mode 0600.
 
     Raises:
         OSError: the disk is full, among others. (A write into a memory map would end the process by a signal.)
     """
+    shapes = {name: (num_records + 1, *array.shape) for name, array in null.items()}
     with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(open(_array(folder, name), "xb", opener=_private)) for name in null}
+        files = {name: stack.enter_context(_new_file(folder, name)) for name in null}
+        starts = dict[str, int]()
         for name, file in files.items():
             description = np.lib.format.dtype_to_descr(null[name].dtype)
-            shape = (num_records + 1, *null[name].shape)
-            header = {"descr": description, "fortran_order": False, "shape": shape}
+            header = {"descr": description, "fortran_order": False, "shape": shapes[name]}
             np.lib.format.write_array_header_1_0(file, header)
+            starts[name] = file.tell()
         for record in itertools.chain(records, [null]):
             for name, file in files.items():
                 file.write(np.asarray(record[name], null[name].dtype).reshape(null[name].shape).tobytes())
+        arrays = dict[str, np.ndarray]()
+        for name, file in files.items():
+            file.flush()
+            arrays[name] = np.memmap(file, null[name].dtype, "r", starts[name], shapes[name])
+    return arrays
 
 
 def open_arrays(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Map the arrays of `write_arrays` into memory, for reading; they stay readable when the files are removed.
+    """Map the arrays of `write_arrays` into memory, for reading.
 
     Raises:
         OSError, ValueError, EOFError: a file is gone or cut.
@@ -87,6 +99,12 @@ def read_description(folder: Path) -> dict[str, Any] | None:
 
 def _array(folder: Path, name: str) -> Path:
     return folder / f"{name}.npy"
+
+
+def _new_file(folder: Path | None, name: str) -> IO[bytes]:
+    if folder is None:
+        return tempfile.TemporaryFile()  # mode 0600; its name, if it ever has one, goes before the first byte comes
+    return open(_array(folder, name), "x+b", opener=_private)
 
 
 def _private(path: str, flags: int) -> int:

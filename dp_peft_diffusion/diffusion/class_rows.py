@@ -121,8 +121,8 @@ def code_directions(base: BaseModel, rank: int | None) -> torch.Tensor:
         UserError: more directions asked for than the public rows span.
     """
     table, layout = base.unet.class_embedding.weight.detach(), base.layout
-    public = table[: layout.null_class] if layout.null_class is not None else table
-    centre = table[layout.null_class] if layout.null_class is not None else table.mean(dim=0)
+    public = table[base.public_rows]
+    centre = table[layout.null_class] if layout.null_class is not None else public.mean(dim=0)
     offsets = (public - centre).double()
     if rank is None:
         return (torch.eye(table.shape[1]).double() * offsets.square().mean().sqrt()).float()

@@ -1,5 +1,6 @@
 """What a base is told of an image: a row of its class table, the embedding of a prompt, or nothing."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,15 @@ class ConditionTable:
     def null(self) -> int:
         """The row that means "no class"."""
         return len(next(iter(self.rows.values()))) - 1 if self.rows else 0
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all rows: prompts may be embedded otherwise by another version of a library."""
+        digest = hashlib.sha256()
+        for name, table in sorted(self.rows.items()):
+            digest.update(f"{name} {tuple(table.shape)} {table.dtype}\n".encode())
+            digest.update(table.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def take(self, labels: Tensor) -> dict[str, Tensor]:
         """Labels (n,) -> what the network is told: argument -> (n, ...)."""

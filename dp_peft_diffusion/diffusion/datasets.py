@@ -10,7 +10,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -112,7 +111,7 @@ def open_examples(
     of an animation the first frame counts; EXIF orientation is applied; resizing is PIL's antialiased bilinear. What a
     latent base or a caption makes of a record is computed here, each record alone.
     folder: where the records are kept, for this run and its resumption: in a private folder. They are made anew when
-    rows, options or base have changed since. None: in a temporary folder, which is gone when this returns.
+    rows, options, base or code have changed since. None: in files without a name in TMPDIR, gone with the process.
     seed: of the changed versions that a latent base keeps.
     cache_dir: where `datasets` keeps what it resolves of a Hub name; a temporary folder when None.
 
@@ -133,11 +132,12 @@ def open_examples(
     """
     data, listing, class_names = _listed(data, base, cache_dir)
     reader = RecordReader(data, listing.label_names, class_names, base, seed)
-    if folder is not None:
-        kept = _kept(folder, reader, data, class_names, cache_dir)
-        return kept or _written(replacing(folder), reader, data, class_names, listing)
-    # Mapped files stay readable when their names go, which they do before a step is taken.
-    return _written(tempfile.TemporaryDirectory(), reader, data, class_names, listing)
+    if folder is None:
+        return _written(None, reader, data, class_names, listing)
+    if kept := _kept(folder, reader, data, class_names, cache_dir):
+        return kept
+    with replacing(folder) as partial:
+        return _written(partial, reader, data, class_names, listing)
 
 
 class Survey(NamedTuple):
@@ -202,26 +202,25 @@ def _kept(
 
 
 def _written(
-    place: AbstractContextManager[str | Path],
+    folder: Path | None,
     reader: RecordReader,
     data: Data,
     class_names: tuple[str, ...] | None,
     listing: Listing,
 ) -> PrivateImages:
-    """Read every row into `place`."""
+    """Read every row into `folder`; None: into files without a name."""
     fingerprint, size = Fingerprint(), sum(array.nbytes for array in reader.null.values())
-    with place as name:
-        folder = Path(name)
-        if shutil.disk_usage(folder).free < size * (listing.num_rows + 1):  # N may be private: it is not told
-            raise UserError(
-                f"the disk of {folder.parent} has no room for the images of {data.dataset_name!r} as the base sees "
-                "them. Make room, or choose a base of smaller images."
-            )
-        with silence():
-            records = (reader.read(index, row) for index, row in enumerate(fingerprint.of(listing.rows)))
-            write_arrays(folder, records, reader.null, listing.num_rows)
-        arrays = open_arrays(folder, reader.null)
-        images = PrivateImages(arrays, class_names, reader.problems, fingerprint.images)
+    place = Path(tempfile.gettempdir()) if folder is None else folder.parent
+    if shutil.disk_usage(place).free < size * (listing.num_rows + 1):  # N may be private: it is not told
+        raise UserError(
+            f"the disk of {place} has no room for the images of {data.dataset_name!r} as the base sees them. Make "
+            "room, or choose a base of smaller images."
+        )
+    with silence():
+        records = (reader.read(index, row) for index, row in enumerate(fingerprint.of(listing.rows)))
+        arrays = write_arrays(folder, records, reader.null, listing.num_rows)
+    images = PrivateImages(arrays, class_names, reader.problems, fingerprint.images)
+    if folder is not None:
         made = {"settings": reader.settings, "rows": fingerprint.rows, "content": images.content_digest.hex()}
         write_description(folder, made | {"problems": reader.problems})
     return images

@@ -13,7 +13,7 @@ from dp_peft_diffusion import recipe as recipes
 from dp_peft_diffusion.diffusion.adapters import load_whole_model, merge_adapter
 from dp_peft_diffusion.diffusion.autoencoding import load_autoencoder
 from dp_peft_diffusion.diffusion.base_folder import find_folder
-from dp_peft_diffusion.diffusion.base_model import BaseModel, load_base
+from dp_peft_diffusion.diffusion.base_model import BaseModel, check_fit, load_base
 from dp_peft_diffusion.diffusion.conditions import LABEL, class_prompts, null_conditions
 from dp_peft_diffusion.diffusion.grids import to_pil
 from dp_peft_diffusion.diffusion.samplers import default_batch_size, sample_images
@@ -210,38 +210,62 @@ def generate(
 def base_of(folder: Path, recipe: Recipe, base: str | None) -> BaseModel:
     """The base that a folder's adapter goes on, loaded from `base` or from where the recipe says.
 
-    A folder with a whole model is its own base, but for the autoencoder that it was trained with.
+    A folder with a whole model is its own base, but for the autoencoder of one on latents.
 
     Raises:
         UserError: nobody says where the base lies, or it is another than was trained on.
     """
     name, revision = base or recipe.model.pretrained_model_name_or_path, None if base else recipe.model.revision
     whole = load_whole_model(folder) if holds_whole_model(folder) else None
-    if whole is not None and base is None and whole.image_channels in (1, 3):
+    if whole is not None and not whole.layout.latent:
         return whole
     if base is None and name.startswith("./"):
         raise UserError(f"{folder} was trained on a base in a local folder. Say where it lies: --base PATH/{name[2:]}")
-    if whole is not None:
-        return replace(whole, vae=load_autoencoder(find_folder(name, revision), name))
-    loaded = load_base(name, revision)
+    loaded = load_base(name, revision) if whole is None else with_autoencoder(whole, name, revision)
     check_base(loaded, folder)
     return loaded
+
+
+def with_autoencoder(model: BaseModel, name: str, revision: str | None) -> BaseModel:
+    """A net on latents, with the autoencoder of the base `name`.
+
+    Raises:
+        UserError: that base has none, or one that does not fit.
+    """
+    vae = load_autoencoder(find_folder(name, revision), name)
+    if vae is None:
+        raise UserError(
+            f"--base {name}: this model draws latents, and no autoencoder lies there. Give the base it was trained on."
+        )
+    whole = replace(model, vae=vae, name=name)
+    check_fit(whole)
+    return whole
 
 
 def check_base(base: BaseModel, folder: Path) -> None:
     """The base must be the one that the certificate names. Without privacy there is no certificate to ask.
 
+    Of a whole model only the autoencoder comes from elsewhere.
+
     Raises:
-        UserError: its weights are others.
+        UserError: its weights are others, or those of its autoencoder or text encoders.
     """
     if not (folder / FILE_NAME).is_file():
         return
     trained_on = certificate.read(folder)["base"]
-    if trained_on["sha256"] != base.sha256:
-        raise UserError(
-            f"{folder} was trained on {trained_on['name']} with weights {trained_on['sha256'][:12]}..., but "
-            f"{base.name} has {base.sha256[:12]}... Give the right one with --base."
-        )
+    parts = "autoencoder and text encoders"
+    found = {"sha256": ("weights", base.sha256), "parts_sha256": (parts, base.parts_digest)}
+    for key, (what, own) in found.items():
+        if key in trained_on and trained_on[key] != own and not (key == "sha256" and holds_whole_model(folder)):
+            raise UserError(
+                f"{folder} was trained on {trained_on['name']} with {what} {short(trained_on[key])}, but {base.name} "
+                f"has {short(own)} Give the right one with --base."
+            )
+
+
+def short(sha256: str | None) -> str:
+    """The first digits of a hash, for messages."""
+    return "(none)." if sha256 is None else f"{sha256[:12]}..."
 
 
 def class_indices(names: Sequence[str], wanted: Sequence[str] | None, num_images: int) -> list[int]:

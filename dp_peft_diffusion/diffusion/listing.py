@@ -118,10 +118,11 @@ def _list_folder(root: Path, data: Data) -> Listing:
 def _folder_captions(root: Path, column: str) -> dict[str, Any]:
     """Captions by file name, from the metadata.jsonl that `datasets` reads: {"file_name": "a/1.png", COLUMN: "..."}.
 
-    Not from metadata.csv, where one unpaired quotation mark takes the captions of the rows behind it.
+    A line is part of the record of the file that it names; of several, the first counts. Captions do not come from
+    metadata.csv, where one unpaired quotation mark takes those of the rows behind it.
 
     Raises:
-        UserError: there is no such file, or no line of it has `column`.
+        UserError: there is no such file. What its lines hold is private, and refuses nothing (invariant 17).
     """
     path, captions = root / METADATA, dict[str, Any]()
     if not path.is_file():
@@ -133,9 +134,7 @@ def _folder_captions(root: Path, column: str) -> dict[str, Any]:
         for line in file:
             with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # a fault of its record alone
                 entry = json.loads(line)
-                captions[entry["file_name"]] = entry[column]
-    if not captions:
-        raise UserError(f"no line of {str(path)!r} has a file_name and {column!r}. Set --caption_column.")
+                captions.setdefault(entry["file_name"], entry.get(column))
     return captions
 
 

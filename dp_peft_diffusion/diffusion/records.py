@@ -5,6 +5,7 @@ weight 0 (invariants 1 and 17).
 """
 
 import hashlib
+import importlib.metadata
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from pathlib import Path
@@ -22,10 +23,11 @@ from dp_peft_diffusion.diffusion.encoder import Encoder
 from dp_peft_diffusion.diffusion.listing import Row
 from dp_peft_diffusion.privacy.randomness import KEY_BYTES, hkdf_sha256
 from dp_peft_diffusion.recipe import Data
+from dp_peft_diffusion.runs.context import code_digest
 
 MAX_REASON = 200  # characters; a broken label may have millions
 MAX_CAPTION = 10_000  # characters that count; text encoders read about 77 tokens
-FORMAT = "1"  # of the arrays; another one makes every cache anew
+LIBRARIES = ("diffusers", "numpy", "pillow", "torch", "transformers")  # that make a record of a row
 
 
 class Problem(NamedTuple):
@@ -65,7 +67,7 @@ class RecordReader:
         """All that shapes the records, besides the rows."""
         data, base = self._data, self._base
         return {
-            "format": FORMAT,
+            "code": [code_digest(), *map(importlib.metadata.version, LIBRARIES)],
             "base": base.digest,
             "image": [base.image_channels, base.resolution, data.center_crop],
             "classes": [self._label_names, self._class_names],

@@ -84,7 +84,8 @@ def sample_images(
             parts.append(_to_bytes(base, x))
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"{len(noise)} images at once do not fit the device. Type a smaller --batch_size."
+                f"{len(noise)} images at once do not fit the device. Type a smaller --batch_size, or where a run "
+                "trains a smaller --micro_batch_size."
             ) from error
         except MISFITS as error:
             raise _misfit(base, scheduler, num_inference_steps, error) from error

@@ -9,6 +9,7 @@ from dp_peft_diffusion.diffusion.base_folder import read_settings
 from dp_peft_diffusion.errors import UserError
 
 Schedule: TypeAlias = DDPMScheduler | EDMEulerScheduler
+PIXEL_STD, LATENT_STD = 0.5, 1.0  # sigma_data of Karras et al. 2022: of pixels in [-1, 1], and of scaled latents
 EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 # Schedulers of diffusers that hold the alphas of a DDPM: samplers of one and the same training schedule.
 DISCRETE = (
@@ -58,8 +59,11 @@ def prediction_type(schedule: Schedule) -> str:
     return "edm" if isinstance(schedule, EDMEulerScheduler) else schedule.config.prediction_type
 
 
-def with_prediction_type(schedule: Schedule, wanted: str | None, from_scratch: bool) -> Schedule:
+def with_prediction_type(schedule: Schedule, wanted: str | None, from_scratch: bool, latent: bool) -> Schedule:
     """The schedule, once its prediction type is known to be `wanted`; a net from scratch may predict anything.
+
+    latent: latents are never clipped, and have unit variance, which is what `scaling_factor` is for (Rombach et al.
+        2022, section 3.1 and appendix G).
 
     Raises:
         UserError: the base was trained to predict something else.
@@ -73,7 +77,7 @@ def with_prediction_type(schedule: Schedule, wanted: str | None, from_scratch: b
             "or train from scratch: --from_scratch --adapter full."
         )
     if wanted == "edm":
-        return EDMEulerScheduler(sigma_data=0.5)  # Karras et al. 2022, table 1
+        return EDMEulerScheduler(sigma_data=LATENT_STD if latent else PIXEL_STD)  # Karras et al. 2022, table 1
     if own == "edm":
-        return DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=wanted)
+        return DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=wanted, clip_sample=not latent)
     return DDPMScheduler.from_config(schedule.config, prediction_type=wanted)

@@ -128,8 +128,8 @@ def apply_update(
 class Ema:
     """Exponential moving average of weights that were updated with noise: post-processing, free in privacy.
 
-    Warm start as in diffusers' EMAModel: the decay after n updates is min(decay, (1 + n) / (10 + n)), so that short
-    runs do not average in the untrained weights.
+    Warm start: the decay after n updates is min(decay, (1 + n) / (10 + n)), as in diffusers' EMAModel, which begins one
+    update later with decay 0. So short runs do not average in the untrained weights.
 
     Args:
         parameters: name -> tensor; the average starts at their values.

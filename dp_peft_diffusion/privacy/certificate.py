@@ -79,7 +79,8 @@ def certificate(
         noise_multiplicity: K.
         public_inputs: of resolution, image_channels, class_names, gamma_source, grid_labels, group_column,
             caption_column, prompt_template and prompts, those that are known; N is added where it is public.
-        base: name, revision (None for a built-in) and sha256 of the base model.
+        base: name, revision (None for a built-in) and sha256 of the base model; parts_sha256 of what stands around its
+            UNet, if anything does.
         folder: holds `ADAPTER_FILES`, or `MODEL_FILES` where the whole net trained, and may hold `ALSO_HASHED`.
         key_source: "os", or "given" when somebody chose the key, which `verify` refuses.
         key_after_export: "deleted", or "escrowed" when somebody keeps it for a replay.
@@ -106,7 +107,7 @@ def certificate(
         "tuning": {"runs": promise.tuning_runs, "priced": "composition"} if promise.tuning_runs else "undeclared",
         "other_releases": other_releases,
         "assumptions": assumptions(other_releases),
-        "base": {"name": base["name"], "revision": base["revision"], "sha256": base["sha256"]},
+        "base": {key: base.get(key) for key in ("name", "revision", "sha256", "parts_sha256")},
         "key_source": key_source,
         "key_after_export": key_after_export,
         "gradient_check": gradient_check,

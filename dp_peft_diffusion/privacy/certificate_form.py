@@ -69,6 +69,15 @@ def _public_inputs(value: Any) -> bool:
     return isinstance(value, dict) and all(name in _PUBLIC and _PUBLIC[name](item) for name, item in value.items())
 
 
+def _base(value: Any) -> bool:
+    """`_BASE`; certificates of before have no `parts_sha256`."""
+    return (
+        isinstance(value, dict)
+        and set(value) | {"parts_sha256"} == set(_BASE)
+        and all(_BASE[key](item) for key, item in value.items())
+    )
+
+
 def _file_hashes(value: Any) -> bool:
     return (
         isinstance(value, dict)
@@ -98,6 +107,12 @@ _PUBLIC: dict[str, Rule] = {
     "caption_column": or_none(_SHORT),
     "prompt_template": or_none(_SHORT),
     "prompts": or_none(list_of(_SHORT, 1000)),
+}
+_BASE: dict[str, Rule] = {
+    "name": text(r"(?s).{1,1000}"),
+    "revision": or_none(text(r"(?s).{1,200}")),
+    "sha256": _SHA256,
+    "parts_sha256": or_none(_SHA256),
 }
 _PRICED: dict[str, Any] = {  # what a price is computed from
     "event": one_of(POISSON, TRUNCATED, GROUPS),
@@ -148,7 +163,7 @@ _FORM: dict[str, Any] = {
     "tuning": _runs,
     "other_releases": lambda value: isinstance(value, list) and len(value) <= ranges.MAX_RELEASES,
     "assumptions": lambda value: isinstance(value, list),
-    "base": {"name": text(r"(?s).{1,1000}"), "revision": or_none(text(r"(?s).{1,200}")), "sha256": _SHA256},
+    "base": _base,
     "key_source": one_of("os", "given"),
     "key_after_export": one_of("deleted", "escrowed"),
     "gradient_check": one_of("passed", "skipped"),
@@ -168,8 +183,9 @@ def event_name(truncated_batch_size: int | None, max_examples_per_group: int) ->
 def unit(max_examples_per_group: int) -> str:
     """What the promise is for, in words."""
     if max_examples_per_group == 1:
-        return "one record: one image with its label"
-    return f"one group: all images of one owner with their labels, of which at most {max_examples_per_group} are used"
+        return "one record: one image with its label or caption"
+    images = "all images of one owner with their labels or captions"
+    return f"one group: {images}, of which at most {max_examples_per_group} are used"
 
 
 def assumptions(other_releases: list[Any]) -> list[str]:

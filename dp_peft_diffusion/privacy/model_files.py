@@ -86,6 +86,7 @@ _LAYOUT: dict[str, Rule] = {
     "null_class": or_none(_ROW),
     "spare_classes": lambda value: list_of(_ROW, 2)(value) and len(value) == 2 and value[0] <= value[1],
     "class_code_rank": or_none(whole(1, 8192)),
+    "latent": _YES_NO,
 }
 FORMS: dict[str, dict[str, Rule]] = {
     "unet/config.json": _UNET,

@@ -238,7 +238,8 @@ def statement(promise: Promise, guarantee: dict[str, Any]) -> str:
     """The promise in plain words, with the figures of `guarantee`."""
     mechanism, epsilon, delta = promise.mechanism, guarantee["epsilon"], guarantee["delta"]
     k = mechanism.max_examples_per_group
-    one = "one record (an image with its label)" if k == 1 else f"one group (at most {k} images with their labels)"
+    group = f"one group (at most {k} images with their labels or captions)"
+    one = "one record (an image with its label or caption)" if k == 1 else group
     change = {
         "zero_out": f"Whether {one} was used or replaced by nothing",
         "add_or_remove_one": f"Whether {one} was in the data set or not",

@@ -98,7 +98,7 @@ def _check_training(recipe: Recipe) -> None:
     if train.lr_warmup_steps >= train.max_train_steps and train.lr_warmup_steps:
         raise UserError(
             f"--lr_warmup_steps {train.lr_warmup_steps} is not below --max_train_steps {train.max_train_steps}. "
-            "Type fewer."
+            "Type fewer of the first, or more of the second."
         )
     if data.caption_column is not None and data.class_names is not None:
         raise UserError("--caption_column and --class_names: an image has a caption or a class. Leave one of them out.")

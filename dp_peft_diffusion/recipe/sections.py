@@ -17,6 +17,7 @@ TIMESTEP_DISTRIBUTIONS = ("uniform", "mixture", "log_normal", "cosine")
 AUGMENTATIONS = ("flip", "crop", "shift", "color")
 PATH_TO_IMAGES = "PATH_TO_YOUR_IMAGES"  # in recipes whose images or base everybody has elsewhere
 PATH_TO_BASE = "PATH_TO_YOUR_BASE"
+MAX_TEXT = 200  # characters of a public text in a certificate
 MAX_SEED = 2**32  # image i is seeded with seed * 1,000,003 + i, which must fit 63 bits
 
 
@@ -41,10 +42,17 @@ class Data:
     split: str = option("train", help="split of the data set")
     image_column: str = option("image", help="column of the images")
     label_column: str | None = option("label", help="column of the labels; none trains without classes")
-    class_names: tuple[str, ...] | None = option(None, help="public list of classes; none takes the data set's own")
-    caption_column: str | None = option(None, help="column of the captions, for a text-conditional base")
+    class_names: tuple[str, ...] | None = option(
+        None, longest=MAX_TEXT, help="public list of classes; none takes the data set's own"
+    )
+    caption_column: str | None = option(
+        None, longest=MAX_TEXT, help="column of the captions, for a text-conditional base"
+    )
     prompt_template: str = option(
-        "a photo of {label}", aliases=("instance_prompt",), help="prompt of a text-conditional base without captions"
+        "a photo of {label}",
+        aliases=("instance_prompt",),
+        longest=MAX_TEXT,
+        help="prompt of a text-conditional base without captions",
     )
     center_crop: bool = option(False, help="cut the middle square out instead of resizing the whole image")
     augmentations: tuple[str, ...] | None = option(None, choices=AUGMENTATIONS, help="random changes of each image")
@@ -52,7 +60,9 @@ class Data:
         8, at_least=1, below=257, help="changed versions of each image kept for a latent base, drawn from in each step"
     )
     declared_public: bool = option(False, help="you declare these images public, nothing in them needs protection")
-    group_column: str | None = option(None, help="column that says whose image it is; the promise is for all of one's")
+    group_column: str | None = option(
+        None, longest=MAX_TEXT, help="column that says whose image it is; the promise is for all of one's"
+    )
     max_examples_per_group: int | None = option(
         None, at_least=1, below=1025, help="images used of one group; the others count as blank"
     )
@@ -163,7 +173,10 @@ class Sample:
         "utility", help="fidelity (stochastic), utility (deterministic), or a scheduler of diffusers by name"
     )
     prompts: tuple[str, ...] | None = option(
-        None, help="prompts of the grids, for a text-conditional base; public, never private captions"
+        None,
+        separator=";",
+        longest=MAX_TEXT,
+        help="prompts of the grids, for a text-conditional base; public, never private captions",
     )
     num_inference_steps: int = option(25, at_least=1, help="denoising steps")
     guidance_scale: float = option(1.0, at_least=0, help="classifier-free guidance; 1: none")

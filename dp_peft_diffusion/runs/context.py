@@ -14,7 +14,7 @@ from dp_peft_diffusion.privacy.mechanism import DPMechanism
 from dp_peft_diffusion.privacy.promise import Promise
 from dp_peft_diffusion.runs.folder import line_differences
 
-LIBRARIES = ("torch", "numpy", "diffusers", "peft")
+LIBRARIES = ("torch", "numpy", "scipy", "diffusers", "peft", "transformers", "tokenizers")
 VARIABLES = (  # of the environment, by which libraries choose other kernels or another precision
     "ATEN_CPU_CAPABILITY", "CUBLAS_WORKSPACE_CONFIG", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "NVIDIA_TF32_OVERRIDE",
     "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
@@ -22,7 +22,7 @@ VARIABLES = (  # of the environment, by which libraries choose other kernels or 
 
 
 def context_of(
-    recipe: str, mechanism: DPMechanism, promise: Promise | None, base: str, device: torch.device
+    recipe: str, mechanism: DPMechanism, promise: Promise | None, base: str, conditions: str, device: torch.device
 ) -> dict[str, str]:
     """What shapes the updates of a run but for its images, as texts.
 
@@ -31,6 +31,7 @@ def context_of(
         mechanism: with its noise.
         promise: whose earlier releases the noise was calibrated beside; None without privacy.
         base: digest of its weights and settings.
+        conditions: digest of what the network is told of each class.
         device: that computes.
     """
     computer = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
@@ -39,6 +40,7 @@ def context_of(
         "mechanism": json.dumps(dataclasses.asdict(mechanism), sort_keys=True),
         "earlier releases": "none" if promise is None else str(promise.prior),
         "base": base,
+        "conditions": conditions,
         "code": code_digest(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {computer}",
         "threads": str(torch.get_num_threads()),
@@ -84,7 +86,7 @@ def differences(before: dict[str, str], now: dict[str, str]) -> str:
             continue
         if name == "recipe":
             found += line_differences(old, new)
-        elif name in ("images", "base", "code"):
+        elif name in ("images", "base", "conditions", "code"):
             found.append(f"the {name} changed")
         else:
             found.append(f"{name}: {old} before, {new} now")

@@ -22,6 +22,7 @@ from dp_peft_diffusion.sharing.card import render_card
 
 DATA_PLACEHOLDER = PATH_TO_IMAGES
 NOT_PRIVATE = "This adapter was trained WITHOUT privacy (`--no_privacy`), for comparison. Do not share it.\n"
+ROWS = 64  # conditions that the re-loaded adapter is tried on
 TOLERANCE = 1e-5  # largest difference of outputs between the trained and the re-loaded adapter
 
 
@@ -75,7 +76,7 @@ def certify(
         "image_channels": base.image_channels,
         "class_names": recipe.data.class_names and list(recipe.data.class_names),
         "gamma_source": gamma_source,
-        "grid_labels": "every class in turn" if recipe.sample.prompts is None else "prompts given by the user",
+        "grid_labels": grid_labels(recipe),
     }
     if recipe.data.caption_column is not None:
         public_inputs["caption_column"] = recipe.data.caption_column
@@ -91,12 +92,24 @@ def certify(
         gamma=recipe.privacy.gamma,
         noise_multiplicity=recipe.train.noise_multiplicity,
         public_inputs=public_inputs,
-        base={"name": public_base_name(base.name), "revision": base.revision, "sha256": base.sha256},
+        base={
+            "name": public_base_name(base.name),
+            "revision": base.revision,
+            "sha256": base.sha256,
+            "parts_sha256": base.parts_digest,
+        },
         folder=folder,
         key_source=key_source,
         key_after_export=key_after_export,
         gradient_check="skipped" if recipe.train.skip_self_check else "passed",  # else `prepare` had refused
     )
+
+
+def grid_labels(recipe: Recipe) -> str | None:
+    """What the grids of samples show; None where nothing is told of an image."""
+    if recipe.sample.prompts is not None:
+        return "prompts given by the user"
+    return None if recipe.data.class_names is None else "every class in turn"
 
 
 def public_base_name(name: str) -> str:
@@ -155,7 +168,8 @@ def write_adapter(base: BaseModel, adapter: Adapter, folder: Path) -> None:
 def write_model(base: BaseModel, adapter: Adapter, folder: Path) -> None:
     """The whole net as a base of its own: what `load_base` and stock `from_pretrained` read."""
     rows = () if adapter.class_rows is None else tuple(adapter.class_rows.rows.tolist())
-    save_base(folder, whole_model(base, adapter), base.scheduler, without_spares(base.layout, rows))
+    layout = dataclasses.replace(without_spares(base.layout, rows), latent=base.is_latent)
+    save_base(folder, whole_model(base, adapter), base.scheduler, layout)
     for name, form in model_files.FORMS.items():
         path = folder / name
         # Not "_name_or_path", where the base lay on this machine, nor anything else that the base's config brought.
@@ -174,21 +188,36 @@ def check_reload(
         RunError: the re-loaded weights answer differently from the trained one, or does nothing.
     """
     fresh = copy.deepcopy(base.unet).cpu() if from_scratch else load_again(base)
-    n = max(8, conditions.null + 1)
-    x = torch.randn(n, *base.input_shape, generator=torch.Generator().manual_seed(0))
-    t = torch.linspace(1, base.scheduler.config.num_train_timesteps - 1, n).long()
-    told = {name: rows.cpu() for name, rows in conditions.take(torch.arange(n) % (conditions.null + 1)).items()}
-    trained_unet = copy.deepcopy(unet).cpu()  # a GPU may compute in TF32, which is too coarse for this comparison
-    with torch.no_grad():
-        before = base.predict(fresh, x, t, told)
-        trained = base.predict(trained_unet, x, t, told)
-        after = base.predict(stock_model(fresh, folder), x, t, told)
+    before = outputs(base, fresh, conditions)
+    after = outputs(base, stock_model(fresh, folder), conditions)
+    del fresh  # one network of the size of the base at a time
+    trained = outputs(base, copy.deepcopy(unet).cpu(), conditions)
     difference, change = (after - trained).abs().max().item(), (after - before).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, trained.abs().max().item()):
         raise RunError(f"the exported weights, loaded with stock tools, differ from the trained by {difference:.3g}.")
     if change == 0.0:
         raise RunError("the exported weights change nothing: no step moved them. Try a larger --learning_rate.")
     return change
+
+
+@torch.no_grad()
+def outputs(base: BaseModel, unet: torch.nn.Module, conditions: ConditionTable) -> torch.Tensor:
+    """What a network, which is turned into float64 for it, makes of made-up inputs, of up to `ROWS` conditions in turn.
+
+    In float64, on the CPU: in float32 two networks of the same weights differ by rounding, which a large adapter
+    magnifies, and a GPU may compute in TF32.
+    """
+    n, last = max(8, min(ROWS, conditions.null + 1)), conditions.null
+    x = torch.randn(n, *base.input_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.linspace(1, base.scheduler.config.num_train_timesteps - 1, n).long()
+    rows = torch.linspace(0, last, n).round().long() if last >= n else torch.arange(n) % (last + 1)
+    told = {name: value.cpu() for name, value in conditions.take(rows).items()}
+    told = {name: value.double() if value.is_floating_point() else value for name, value in told.items()}
+    net, parts = unet.double(), []
+    for i in range(0, n, 8):
+        part = {name: value[i : i + 8] for name, value in told.items()}
+        parts.append(base.predict(net, x[i : i + 8], t[i : i + 8], part))
+    return torch.cat(parts)
 
 
 def load_again(base: BaseModel) -> torch.nn.Module:

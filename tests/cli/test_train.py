@@ -171,7 +171,8 @@ def test_every_field_can_be_set(training):
         extra = [] if section == "privacy" else ["--epsilon", "1"]
         words = [flag(section, spec), values[kind], *extra, *NEEDS.get(spec.name, "").split()]
         value = getattr(getattr(asked_recipe(training, *words), section), spec.name)
-        assert value == parsed.get(values[kind], values[kind])
+        separator = spec.metadata.get("separator", ",")
+        assert value == (("a,b",) if separator == ";" else parsed.get(values[kind], values[kind]))
         assert value != default
 
 
@@ -324,3 +325,8 @@ def test_pretraining_without_recipe_or_images_is_refused(pretraining):
     assert "unknown key 'model'" in refused("pretrain", "--recipe", "digits", "--dataset_name", "x")
     assert "--resolution" in refused("pretrain", "--recipe", "handwriting", "--dataset_name", "x", "--resolution", "0")
     assert pretraining.asked == []
+
+
+def test_a_prompt_may_have_commas(training):
+    words = ("--sample_prompts", "a cat, sitting on a mat; a dog")
+    assert asked_recipe(training, *words).sample.prompts == ("a cat, sitting on a mat", "a dog")

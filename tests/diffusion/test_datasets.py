@@ -3,6 +3,7 @@ import io
 import os
 import pickle
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -770,7 +771,7 @@ def test_a_repository_of_loose_images_is_refused_with_the_way_out(tmp_path):
 # Where private bytes go
 
 
-def test_private_bytes_are_written_to_the_cache_and_nowhere_else(tmp_path):
+def test_private_bytes_are_written_to_the_cache_and_nowhere_else_even_by_a_process_that_is_killed(tmp_path):
     magic = bytes(np.random.default_rng(5).integers(1, 255, 24, dtype=np.uint8))
     picture = Image.frombytes("RGB", (8, 1), magic).resize((8, 8), Image.Resampling.NEAREST)
     content = encoded(picture, "PPM")
@@ -784,19 +785,24 @@ def test_private_bytes_are_written_to_the_cache_and_nowhere_else(tmp_path):
     for folder in homes.values():
         folder.mkdir(parents=True)
     code = f"""
-import os, shutil
+import os, shutil, signal
 from pathlib import Path
+from dp_peft_diffusion.diffusion import datasets
 from dp_peft_diffusion.diffusion.datasets import open_examples
 from dp_peft_diffusion.diffusion.encoder import PixelEncoder
 from dp_peft_diffusion.recipe import Data
+unlink = os.unlink
 shutil.rmtree = os.unlink = os.remove = lambda *args, **kwargs: None  # what was written must stay to be found
 for number, source in enumerate({sources!r}):
     cache = Path({str(private)!r}) / f"cache {{number}}"
     assert open_examples(Data(dataset_name=source), PixelEncoder(8, 3), cache).read([0]).weights.item() == 1
+os.unlink = unlink
+datasets.PrivateImages = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # once all is written
+open_examples(Data(dataset_name=source), PixelEncoder(8, 3), None)
 """
     environment = os.environ | {name: str(folder) for name, folder in homes.items()}
     environment["PYTHONPATH"] = str(ROOT)
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=homes["PWD"])
+    assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=homes["PWD"]).returncode == -signal.SIGKILL
     written = {path for path in tmp_path.rglob("*") if path.is_file() and magic[:12] in path.read_bytes()}
     planar = {
         path for path in tmp_path.rglob("*") if path.is_file() and magic[:24:3] in path.read_bytes()

@@ -19,6 +19,7 @@ from dp_peft_diffusion.diffusion.base_model import load_base
 from dp_peft_diffusion.diffusion.conditions import class_prompts, condition_table
 from dp_peft_diffusion.diffusion.datasets import Examples
 from dp_peft_diffusion.diffusion.generation import generate
+from dp_peft_diffusion.diffusion.text_encoding import TextEncoders
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.gradients.clipper import PerSampleClipper
 from dp_peft_diffusion.preparation import prepare
@@ -224,3 +225,45 @@ def test_the_clipper_never_holds_text_encoders_or_the_autoencoder(recipe, bases,
     inside = {id(parameter) for parameter in prepared.clipper.model.parameters()}
     assert isinstance(prepared.clipper, PerSampleClipper)
     assert not any(parameter.requires_grad or id(parameter) in inside for parameter in frozen)
+
+
+def test_the_same_noise_is_not_drawn_when_prompts_are_embedded_otherwise(recipe, bases, tmp_path, monkeypatch):
+    """What the network is told of each class is computed anew when a run goes on."""
+    wanted, original = on(recipe, bases["stable_diffusion_1"]), training.save_state
+
+    def stop(*arguments):
+        original(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "save_state", stop)
+        train(wanted, tmp_path / "run", KEY)
+    encode = TextEncoders.encode
+    monkeypatch.setattr(
+        TextEncoders, "encode", lambda self, prompts: {k: 1.01 * v for k, v in encode(self, prompts).items()}
+    )
+    with pytest.raises(UserError, match="the conditions changed"):
+        prepare(wanted, tmp_path / "run")
+
+
+def test_rows_named_for_images_without_labels_are_refused(recipe, bases, tmp_path):
+    wanted = changed(on(recipe, bases["latent"]), "adapter", class_rows=(4, 5))
+    with pytest.raises(UserError, match="--class_rows"):
+        prepare(changed(wanted, "data", label_column=None), tmp_path / "run")
+
+
+def test_a_micro_batch_that_does_not_fit_says_what_to_type(recipe, bases, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(PerSampleClipper, "clipped_sum_of", full)
+    with pytest.raises(UserError, match="--micro_batch_size"):
+        prepare(on(recipe, bases["pixel"]), tmp_path / "run")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_large_steps_are_exported_in_every_precision(recipe, bases, tmp_path, precision):
+    """Outputs of two networks of the same weights, compared after they were magnified by a large adapter."""
+    wanted = on(recipe, bases["edm"], mixed_precision=precision, optimizer="adam_bc", learning_rate=0.3)
+    wanted = changed(wanted, "adapter", rank=3, lora_alpha=5.0)
+    assert verify(train(wanted, tmp_path / "run").folder).ok
