@@ -1,6 +1,6 @@
 """The planted bugs. Each names its row of the failures in docs/explanation/trust.md, and the check that sees it."""
 
-from mutants import bookkeeping, instruments, whole_runs
+from mutants import bookkeeping, encodings, instruments, whole_runs
 from mutants.planted import mutant
 
 FIRST_ROWS = (  # who takes part, what is summed: rows 1 to 9
@@ -129,6 +129,14 @@ FIRST_ROWS = (  # who takes part, what is summed: rows 1 to 9
     mutant(
         "the loss mixes the batch", 9, instruments.replay, "batches:make_loss",
         'return losses * batch["weights"]', 'return losses * batch["weights"] * losses.mean()',
+    ),
+    mutant(
+        "captions are padded to the longest of their own", 9, encodings.encodings,
+        "diffusion.text_encoding:TextEncoders._tokens", 'padding="max_length"', 'padding="longest"',
+    ),
+    mutant(
+        "images are changed by place in the batch", 9, encodings.encodings, "diffusion.augmentation:augment",
+        "for i in ids", "for i in range(len(ids))",
     ),
     mutant(
         "batch norm is accepted", 9, instruments.refusals, "gradients.refusals:_module_problem",
@@ -334,6 +342,14 @@ LAST_ROWS = (  # data, what is shown, prices, what the optimizer sees: rows 21 t
         "clean.float() / 127.5 - 1", "(clean.float() - clean.float().mean()) / 127.5",
     ),
     mutant(
+        "latents are scaled by their own spread", 21, encodings.encodings, "diffusion.autoencoding:to_latents",
+        "* scale for image in images]", "/ _encode(vae, image[None]).std() for image in images]",
+    ),
+    mutant(
+        "latents are shifted by the mean of their batch", 21, encodings.encodings, "diffusion.autoencoding:to_latents",
+        "(_encode(vae, image[None]) - shift)", "(_encode(vae, image[None]) - images.mean())",
+    ),
+    mutant(
         "unreadable rows are dropped before N", 21, whole_runs.records, "diffusion.datasets:PrivateImages.__len__",
         'len(self._arrays["weights"]) - 1', 'int((self._arrays["weights"] > 0).sum())',
     ),
@@ -381,6 +397,10 @@ LAST_ROWS = (  # data, what is shown, prices, what the optimizer sees: rows 21 t
     mutant(
         "the place of the images is shared", 24, whole_runs.released, "sharing.export:shareable_recipe",
         "dataset_name=DATA_PLACEHOLDER", "dataset_name=recipe.data.dataset_name",
+    ),
+    mutant(
+        "a cache of other images is read", 24, encodings.encodings, "diffusion.datasets:_kept",
+        'made.get("rows") != fingerprint.rows', "False",
     ),
     mutant(
         "the key is left behind", 24, whole_runs.released, "runs.folder:RunFolder.close",
@@ -467,4 +487,5 @@ CHECKS = (
     whole_runs.released,
     whole_runs.resumption,
     bookkeeping.ledger,
+    encodings.encodings,
 )
