@@ -18,9 +18,11 @@ from leak_scan import Number, find
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
+from tiny_bases import stable_diffusion_1
 from tiny_models import tiny_base_folder, tiny_image_folder
 
 from dp_peft_diffusion import preparation, training
+from dp_peft_diffusion.diffusion.base_model import load_base
 from dp_peft_diffusion.diffusion.datasets import open_examples
 from dp_peft_diffusion.diffusion.encoder import PixelEncoder
 from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, Recipe, Sample, Train
@@ -45,6 +47,10 @@ HIDDEN = [
     "--group_column", "owner", "--max_examples_per_group", "2", "--class_names", "red,blue",
 ]  # fmt: skip
 KNOWN = ["--train_batch_size", "3"]
+TOLD = [
+    "--train_batch_size", "3", "--caption_column", "caption", "--sample_prompts", "a cat", "--augmentations", "shift",
+    "--output_dir", "runs/told",
+]  # fmt: skip
 SPY = """
 import json, os, shutil, sys
 from pathlib import Path
@@ -147,23 +153,32 @@ def run_commands(commands: list[list[str]], place: Path, control: Path) -> str:
 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory):
-    """After a group run that hides N, a run on an image folder, and the commands that follow."""
+    """After a group run that hides N, a run on an image folder, one on captions, and the commands that follow."""
     place, control = tmp_path_factory.mktemp("place"), tmp_path_factory.mktemp("control")
     base = str(tiny_base_folder(tmp_path_factory.mktemp("base") / "base"))
     table, folder = private_images(tmp_path_factory.mktemp("data"))
     train = ["train", "--pretrained_model_name_or_path", base, *SMALL]
     hidden = [*train, "--dataset_name", str(table), "--output_dir", "runs/hidden", *HIDDEN]
     known = [*train, "--dataset_name", str(folder), "--output_dir", "runs/known", *KNOWN]
+    text_base = str(stable_diffusion_1(tmp_path_factory.mktemp("text") / "base"))
+    captioned = table.with_name("captioned.parquet")
+    pq.write_table(pq.read_table(table).slice(0, 8), captioned)
+    told = ["train", "--pretrained_model_name_or_path", text_base, *SMALL, "--dataset_name", str(captioned), *TOLD]
     sample = ["sample", "--adapter", "runs/hidden", "--base", base, "--num_images", "4", "--output_dir", "images"]
-    follow = [sample, ["verify", "runs/hidden"], ["inspect", "runs/known"], ["spent"]]
+    follow = [told, sample, ["verify", "runs/hidden"], ["inspect", "runs/known"], ["spent"]]
     output = run_commands([hidden, hidden, known, *follow], place, control)
     keys = [bytes.fromhex(key) for key in (control / "keys").read_text().split()]
-    assert len(keys) == 4, "of each run, its key and that of its streams"
+    assert len(keys) == 6, "of each run, its key and that of its streams"
     secrets = TEXTS | {"pixels": PIXELS, "N": Number(N)} | {f"key {index}": key for index, key in enumerate(keys)}
     grouped = {"group_column": "owner", "max_examples_per_group": 2, "class_names": ("red", "blue")}
     for name, data in (("table", Data(dataset_name=str(table), **grouped)), ("folder", Data(dataset_name=str(folder)))):
         images = open_examples(data, PixelEncoder(16, 1), None)
         secrets |= {f"{name} source": images.source_digest, f"{name} content": images.content_digest}
+    wanted = Data(dataset_name=str(captioned), caption_column="caption", augmentations=("shift",))
+    encoded = open_examples(wanted, load_base(text_base), None)
+    latents, _, _, captions = encoded.read([2])
+    secrets |= {"latent": latents[0, 0, 0, 0].numpy().tobytes(), "told content": encoded.content_digest}
+    secrets["embedding"] = captions["encoder_hidden_states"][0, 1].half().numpy().tobytes()
     (control / "private").mkdir()
     for private in (place / "runs").glob("*.private"):
         private.rename(control / "private" / private.name)
@@ -172,21 +187,21 @@ def left(tmp_path_factory):
 
 
 def test_nothing_private_leaves_the_private_folder(left):
-    assert {"hidden", "known"} == {path.parent.name for path in left.place.rglob("privacy.json")}
+    assert {"hidden", "known", "told"} == {path.parent.name for path in left.place.rglob("privacy.json")}
     assert find(left.secrets, left.place, left.removed, left.output) == set()
     assert left.elsewhere == ""
 
 
 def test_the_ledger_of_spending_is_for_its_owner_alone(left):
     ledgers = left.place / "XDG_STATE_HOME" / "dp-peft"
-    assert len(list(ledgers.glob("*.jsonl"))) == 2
+    assert len(list(ledgers.glob("*.jsonl"))) == 3
     assert ledgers.stat().st_mode & 0o077 == 0
 
 
 def test_the_same_search_finds_the_secrets_where_they_do_lie(left):
     assert {name for name, _ in find(left.secrets, left.data)} >= {*TEXTS, "pixels"} - {"folder"}
     assert {name for name, _ in find(left.secrets, left.private)} >= {
-        "folder", "file", "label", "folder content", "table content",
+        "folder", "file", "label", "folder content", "table content", "told content",
     }  # fmt: skip
 
 
