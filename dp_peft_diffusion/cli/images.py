@@ -97,7 +97,7 @@ def class_names(adapter: Path, text: str) -> list[str]:
     Raises:
         UserError: neither a class of the adapter nor a position among them, or no classes at all.
     """
-    known = adapter_classes(adapter)
+    known = adapter_classes(adapter, "Leave out --class_labels.")
     names = []
     for word in (part.strip() for part in text.split(",")):
         if word not in known and not (word.isdecimal() and int(word) < len(known)):
@@ -106,15 +106,15 @@ def class_names(adapter: Path, text: str) -> list[str]:
     return names
 
 
-def adapter_classes(folder: Path) -> tuple[str, ...]:
+def adapter_classes(folder: Path, otherwise: str) -> tuple[str, ...]:
     """The classes an adapter was trained on.
 
     Raises:
-        UserError: it has none, or the folder is not one of a run.
+        UserError: it has none, and `otherwise` says what follows; or the folder is not one of a run.
     """
     known = load_recipe(folder / "recipe.yaml").data.class_names
     if known is None:
-        raise UserError(f"{folder} has no classes. Use it without --class_labels; classifiers need classes.")
+        raise UserError(f"{folder} has no classes. {otherwise}")
     return known
 
 
@@ -131,6 +131,8 @@ def adapter_classes(folder: Path) -> tuple[str, ...]:
 @click.option(
     "--num_images", default=2000, show_default=True, type=click.IntRange(min=1), help="To sample and train on."
 )
+@click.option("--scheduler", help="When sampling: as of dp-peft sample.  [the recipe's]")
+@click.option("--num_inference_steps", type=click.IntRange(min=1), help="When sampling.  [the recipe's]")
 @click.option("--guidance_scale", type=click.FloatRange(min=0), help="When sampling.  [the recipe's]")
 @click.option("--base", help="When sampling: the base, if it lies elsewhere than the recipe says.")
 @click.option("--evaluation_resolution", type=click.IntRange(min=1), help="Side that all images are resized to.")
@@ -165,7 +167,8 @@ def _evaluate(path: Path, names: tuple[str, ...] | None, **settings: Any) -> dic
     is_run = any((path / name).is_file() for name in ("recipe.yaml", "adapter_config.json"))
     data = Data(**{key: settings[key] for key in _REAL_IMAGES})
     if is_run:
-        names = names or adapter_classes(path)
+        known = adapter_classes(path, "Classifiers need them: only adapters with classes can be evaluated.")
+        names = names or known
         images, labels = sampled(path, names, settings)
     else:
         names = names or listed_classes(data)
@@ -199,7 +202,8 @@ def sampled(folder: Path, names: tuple[str, ...], settings: dict[str, Any]) -> t
 
     from dp_peft_diffusion.diffusion.generation import generate
 
-    wanted = {key: settings[key] for key in ("num_images", "guidance_scale", "seed", "base")}
+    passed_on = ("num_images", "scheduler", "num_inference_steps", "guidance_scale", "seed", "base")
+    wanted = {key: settings[key] for key in passed_on}
     images, labels = generate(folder, class_labels=names, device=fastest_device(), **wanted)
     arrays = np.stack([np.atleast_3d(np.asarray(image)).transpose(2, 0, 1) for image in images])
     return arrays, np.array([names.index(label) for label in labels or ()])

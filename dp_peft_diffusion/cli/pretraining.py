@@ -9,7 +9,7 @@ import click
 from dp_peft_diffusion.cli.options import RecipeCommand, given_options, recipe_options
 from dp_peft_diffusion.cli.program import hint
 from dp_peft_diffusion.errors import UserError
-from dp_peft_diffusion.recipe import PretrainRecipe, load_pretrain_recipe, recipe_path
+from dp_peft_diffusion.recipe import PATH_TO_IMAGES, PretrainRecipe, load_pretrain_recipe, recipe_path
 
 
 @click.command(cls=RecipeCommand)
@@ -42,10 +42,11 @@ def pretrain(ctx: click.Context, **params: Any) -> None:
     made = run(recipe, folder)
     if recipe.kind == "autoencoder":
         click.echo(f"Done. Autoencoder, NOT private: {made}")
-        hint(f"Train a base on its latents:\n  {_command('pretrain', '--recipe', 'NAME', '--vae', made)}")
+        hint(f"Train a base on its latents:\n  {latent_command(recipe, name, made)}")
     else:
         click.echo(f"Done. Base, NOT private: {made}")
-        hint(f"Train privately on it:\n  {_command('train', '--pretrained_model_name_or_path', made, '--epsilon', 1)}")
+        words = ("--pretrained_model_name_or_path", made, "--dataset_name", PATH_TO_IMAGES, "--epsilon", 1)
+        hint(f"Train privately on it:\n  {_command('train', *words)}")
 
 
 def run_name(recipe: PretrainRecipe, path: Path | None) -> str:
@@ -54,6 +55,13 @@ def run_name(recipe: PretrainRecipe, path: Path | None) -> str:
     if recipe.kind != "autoencoder":
         return f"{stem}-base"
     return stem if stem.endswith("-vae") else f"{stem}-vae"
+
+
+def latent_command(recipe: PretrainRecipe, name: str | None, autoencoder: Path) -> str:
+    """What trains a base on an autoencoder's latents. Recipe X-vae makes the autoencoder of recipe X."""
+    kind = ["--kind", "latent", "--resolution", recipe.resolution, "--image_channels", recipe.image_channels]
+    words = kind if name is None else ["--recipe", name.removesuffix("-vae")]
+    return _command("pretrain", *words, "--vae", autoencoder, "--dataset_name", recipe.dataset_name)
 
 
 def _command(*words: object) -> str:

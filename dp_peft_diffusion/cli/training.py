@@ -83,7 +83,9 @@ def choose_recipe(name: str | None, config: Path | None, flags: dict[str, Any]) 
         hint(f"Recipe: {name}, as no other was named.")
     path = config if name is None else recipe_path(name)
     recipe = load_recipe(path, flags)
-    return recipe, Path(recipe.data.dataset_name).stem if own_images or path is None else path.stem
+    if path is None or (name is None and own_images):
+        return recipe, Path(recipe.data.dataset_name).stem
+    return recipe, path.stem
 
 
 def run_name(recipe: Recipe, name: str) -> str:
@@ -95,14 +97,19 @@ def run_name(recipe: Recipe, name: str) -> str:
 
 
 def next_commands(folder: Path, recipe: Recipe) -> None:
-    """What to try with a finished run. Without privacy there is no promise to verify."""
+    """What to try with a finished run. Without privacy there is no promise to verify, without classes no evaluation.
+
+    recipe: as asked for, which says where base and images lie; the one in the folder says what the network is told.
+    """
     name, images = recipe.model.pretrained_model_name_or_path, recipe.data.dataset_name
     base = ["--base", name] if Path(name).is_dir() else []
-    lines = [_command("sample", "--adapter", folder, "--num_images", 64, *base)]
+    prompt = [] if recipe.data.caption_column is None or recipe.sample.prompts else ["--prompt", "a photo of ..."]
+    lines = [_command("sample", "--adapter", folder, "--num_images", 64, *prompt, *base)]
     if not recipe.privacy.no_privacy:
         lines.append(_command("verify", folder))
-    held_out = [images] if images.startswith("builtin:") else ["PATH_TO_HELD_OUT_IMAGES", "--split", "train"]
-    lines.append(_command("evaluate", folder, "--dataset_name", *held_out, *base))
+    if load_recipe(folder / "recipe.yaml").data.class_names is not None:
+        held_out = [images] if images.startswith("builtin:") else ["PATH_TO_HELD_OUT_IMAGES", "--split", "train"]
+        lines.append(_command("evaluate", folder, "--dataset_name", *held_out, *base))
     hint("Try next:\n  " + "\n  ".join(lines))
 
 

@@ -39,8 +39,10 @@ __all__ = [
 LAYOUT_FILE = "dp_peft_base.json"
 _PRIVATE_KEYS = ("_name_or_path", "_diffusers_version", "_class_name", "_use_default_values")  # say nothing of the net
 # Of the configs of autoencoders and text encoders, what the shapes of weights do not show.
-_BESIDE_WEIGHTS = ("scaling_factor", "shift_factor", "norm_num_groups", "act_fn", "norm_type", "lookup_from_codebook")
-_BESIDE_WEIGHTS += ("num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_id")
+_BESIDE_WEIGHTS = (
+    "scaling_factor", "shift_factor", "norm_num_groups", "act_fn", "norm_type", "lookup_from_codebook",
+    "num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_id",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -196,8 +198,8 @@ def load_base(
     if base.layout.latent and base.vae is None:
         raise UserError(
             f"base {name!r} denoises latents and has no autoencoder: it trained as a whole on a latent base. To train "
-            "on it, copy its folder and put vae/ of that base into the copy. For images, type dp-peft sample --base "
-            "with that base."
+            "on it, copy its folder, and put vae/ (or vqvae/) of that base into the copy. For images, type dp-peft "
+            "sample --base with that base."
         )
     return base
 

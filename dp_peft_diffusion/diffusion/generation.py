@@ -253,19 +253,19 @@ def check_base(base: BaseModel, folder: Path) -> None:
     if not (folder / FILE_NAME).is_file():
         return
     trained_on = certificate.read(folder)["base"]
-    parts = "autoencoder and text encoders"
-    found = {"sha256": ("weights", base.sha256), "parts_sha256": (parts, base.parts_digest)}
+    found = {
+        "sha256": ("weights", base.sha256),
+        "parts_sha256": ("an autoencoder or text encoders", base.parts_digest),
+    }
+    if holds_whole_model(folder):
+        del found["sha256"]
     for key, (what, own) in found.items():
-        if key in trained_on and trained_on[key] != own and not (key == "sha256" and holds_whole_model(folder)):
+        wanted = trained_on.get(key, own)  # certificates of before have no parts_sha256
+        if wanted != own:
             raise UserError(
-                f"{folder} was trained on {trained_on['name']} with {what} {short(trained_on[key])}, but {base.name} "
-                f"has {short(own)} Give the right one with --base."
+                f"{folder} was trained on {trained_on['name']} with {what} {(wanted or 'none')[:12]}, but {base.name} "
+                f"has {(own or 'none')[:12]}. Give the right one with --base."
             )
-
-
-def short(sha256: str | None) -> str:
-    """The first digits of a hash, for messages."""
-    return "(none)." if sha256 is None else f"{sha256[:12]}..."
 
 
 def class_indices(names: Sequence[str], wanted: Sequence[str] | None, num_images: int) -> list[int]:

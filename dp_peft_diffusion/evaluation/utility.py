@@ -81,7 +81,12 @@ def load_synthetic(path: Path, class_names: Sequence[str]) -> tuple[np.ndarray, 
     try:
         rows = _read_folder(path) if path.is_dir() else _read_parquet(path)
         arrays = [np.atleast_3d(np.asarray(image)).transpose(2, 0, 1) for image, _ in rows]
-    except (OSError, KeyError, ValueError) as error:  # PIL, pyarrow and csv raise these
+    except KeyError as error:
+        raise UserError(
+            f"the images of {str(path)!r} have no {error}. Classifiers need a class for each: type dp-peft sample with "
+            "--class_labels, without --prompt, and an adapter that has classes."
+        ) from error
+    except (OSError, ValueError) as error:  # PIL, pyarrow and csv raise these
         raise UserError(f"{str(path)!r} holds no labelled synthetic images ({error}). Run dp-peft sample.") from error
     if len({(array.shape, array.dtype) for array in arrays}) != 1:
         raise UserError(f"{str(path)!r}: the images differ in size or kind, or there are none. Sample them in one go.")
@@ -102,7 +107,7 @@ def _read_folder(folder: Path) -> list[tuple[Image.Image, str | int]]:
 
 
 def _read_parquet(path: Path) -> list[tuple[Image.Image, str | int]]:
-    rows = pq.read_table(path, columns=["image", "label"]).to_pylist()
+    rows = pq.read_table(path).to_pylist()
     return [(Image.open(BytesIO(row["image"]["bytes"])), row["label"]) for row in rows]
 
 

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, EDMEulerScheduler, UNet2DMod
 from dp_peft_diffusion.diffusion.base_model import BaseLayout, load_base, save_base
 from dp_peft_diffusion.diffusion.grids import image_grid
 from dp_peft_diffusion.diffusion.samplers import sample_images
-from dp_peft_diffusion.recipe import PretrainRecipe
+from dp_peft_diffusion.recipe import PATH_TO_IMAGES, PretrainRecipe
 
 BASE, AUTOENCODER = "base", "vae"  # sub-folders of the output folder
 README = """# Made by `dp-peft pretrain`: NOT private
@@ -51,10 +51,12 @@ def write_readme(folder: Path, recipe: PretrainRecipe) -> None:
     images = Path(recipe.dataset_name).name  # not where it lay on somebody's machine
     size = f"{recipe.resolution} x {recipe.resolution} {'grey' if recipe.image_channels == 1 else 'colour'} images"
     if recipe.kind == "autoencoder":
-        what, follow = f"an autoencoder of {size}", "dp-peft pretrain --kind latent --vae THIS_FOLDER"
+        what, channels = f"an autoencoder of {size}", recipe.image_channels
+        shape = f"--resolution {recipe.resolution} --image_channels {channels}"
+        follow = f"dp-peft pretrain --kind latent --vae THIS_FOLDER --dataset_name PATH_TO_PUBLIC_IMAGES {shape}"
     else:
-        what = f"a UNet that draws {size}"
-        follow = "dp-peft train --pretrained_model_name_or_path THIS_FOLDER --epsilon 1"
+        what, given = f"a UNet that draws {size}", f"--dataset_name {PATH_TO_IMAGES} --epsilon 1"
+        follow = f"dp-peft train --pretrained_model_name_or_path THIS_FOLDER {given}"
     (folder / "README.md").write_text(README.format(images=images, what=what, next=follow))
 
 

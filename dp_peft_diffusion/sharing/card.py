@@ -28,6 +28,7 @@ def render_card(certificate: dict, recipe: Recipe, trained_on: BaseModel, last_g
         base_name=base,
         base_arguments=base_arguments(base, trained_on.subfolder),
         unet_class=type(trained_on.unet).__name__,
+        sample_arguments=sample_arguments(recipe, trained_on),
         class_rows=recipe.adapter.class_rows and list(recipe.adapter.class_rows),
         class_names=recipe.data.class_names,
         pixel_packing=trained_on.layout.pixel_packing,
@@ -44,6 +45,16 @@ def render_card(certificate: dict, recipe: Recipe, trained_on: BaseModel, last_g
             ("trained", trained_facts(recipe)),
         ],
     )
+
+
+def sample_arguments(recipe: Recipe, trained_on: BaseModel) -> str:
+    """What `dp-peft sample` cannot know from the folder: captions are private, and a local base lies anywhere."""
+    base, words = recipe.model.pretrained_model_name_or_path, ""
+    if recipe.data.caption_column is not None and recipe.sample.prompts is None:
+        words += " --prompt 'a photo of ...'"
+    if base.startswith("./") and (recipe.adapter.kind != "full" or trained_on.is_latent):
+        words += f" --base PATH/{base.removeprefix('./')}"
+    return words
 
 
 def trained_facts(recipe: Recipe) -> str:

@@ -256,8 +256,22 @@ def test_built_in_images_are_public(evaluation, tmp_path):
 
 def test_an_adapter_without_classes_cannot_be_evaluated(evaluation, adapter):
     (adapter.folder / "recipe.yaml").write_text("privacy: {epsilon: 1}\n")
-    assert "has no classes" in refused("evaluate", adapter.folder, "--dataset_name", "scans")
-    assert "has no classes" in refused("sample", "--adapter", adapter.folder, "--class_labels", "cat")
+    for more in ([], ["--class_names", "cat,dog"]):
+        error = refused("evaluate", adapter.folder, "--dataset_name", "scans", *more)
+        assert "has no classes" in error and "--class_labels" not in error
+    assert "Leave out --class_labels" in refused("sample", "--adapter", adapter.folder, "--class_labels", "cat")
+
+
+def test_evaluate_samples_as_it_is_told_and_else_as_the_recipe_says(evaluation, generation, adapter):
+    words = ["--scheduler", "fidelity", "--num_inference_steps", 7, "--guidance_scale", 2]
+    invoke("evaluate", adapter.folder, "--dataset_name", "scans", *words)
+    invoke("evaluate", adapter.folder, "--dataset_name", "scans")
+    told, left = (
+        {key: settings[key] for key in ("scheduler", "num_inference_steps", "guidance_scale")}
+        for _, settings in generation.asked
+    )
+    assert told == {"scheduler": "fidelity", "num_inference_steps": 7, "guidance_scale": 2.0}
+    assert set(left.values()) == {None}
 
 
 def test_the_folder_must_exist_as_a_run(adapter):

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 from click.testing import CliRunner
+from test_documentation import check_command
 
 from dp_peft_diffusion.cli import main
 
@@ -39,12 +40,16 @@ def test_each_kind_has_its_folder_and_says_before_and_after_that_it_is_not_priva
     ((recipe, given),) = asked
     assert (recipe.kind, given) == (kind, Path(folder))
     assert result.stdout.count("NOT private") == 2 and f"{folder}/made" in result.stdout
-    assert ("--vae" if kind == "autoencoder" else "dp-peft train") in result.stderr
+    follow = result.stderr.splitlines()[-1].strip()
+    check_command(follow)
+    assert ("--vae" if kind == "autoencoder" else "dp-peft train") in follow and "--dataset_name" in follow
+    assert "--dataset_name pictures/birds" not in follow or kind == "autoencoder", "public images are no private ones"
 
 
 def test_the_autoencoder_of_a_recipe_is_made_where_its_latent_recipe_looks(asked):
     for name in ("emnist-letters", "imagenet32", "imagenet64"):
-        invoke("--recipe", f"{name}-vae", "--dataset_name", "x")
+        follow = invoke("--recipe", f"{name}-vae", "--dataset_name", "x").stderr.splitlines()[-1]
+        assert f"--recipe {name} --vae" in follow
         invoke("--recipe", name, "--dataset_name", "x")
         (_, made), (latent, _) = asked[-2:]
         assert Path(latent.vae) == made

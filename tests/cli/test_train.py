@@ -1,5 +1,6 @@
 """What `dp-peft train` and `dp-peft pretrain` make of a command line. Training itself is not run here."""
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
+from test_documentation import check_command
 
 from dp_peft_diffusion.cli import main
 from dp_peft_diffusion.cli.dialect import REFUSED
@@ -22,14 +24,19 @@ class FinishedRun(Exception):
 
 
 @pytest.fixture
-def training(monkeypatch):
-    """The training module, replaced by one that records what it is asked for."""
+def training(monkeypatch, tmp_path):
+    """The training module, replaced by one that records what it is asked for; labelled images have two classes."""
+    monkeypatch.chdir(tmp_path)
     fake = ModuleType("training")
     fake.asked, fake.ran, fake.fault, fake.certificate = [], [], None, {}
 
     def prepare(recipe, output_dir, new_attempt):
         fake.asked.append((recipe, Path(output_dir)))
         fake.new_attempt = new_attempt
+        classes = ("a", "b") if recipe.data.label_column and recipe.data.caption_column is None else None
+        resolved = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, class_names=classes))
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        (Path(output_dir) / "recipe.yaml").write_text(to_yaml(resolved))
         if fake.fault:
             raise fake.fault
         return SimpleNamespace(folder=Path(output_dir))
@@ -83,7 +90,9 @@ def test_the_command_of_the_readme_trains_recipe_digits(training):
         (["--noise_multiplier", "2"], "runs/digits-noise2.0"),
         (["--no_privacy", "--declared_public"], "runs/digits-not-private"),
         (["--recipe", "digits"], "runs/digits-eps1"),
-        (["--recipe", "digits", "--dataset_name", "/data/my scans/"], "runs/my-scans-eps1"),
+        (["--recipe", "digits", "--dataset_name", "/data/my scans/"], "runs/digits-eps1"),
+        (["--recipe", "mnist", "--dataset_name", "org/cats"], "runs/mnist-eps1"),
+        (["--dataset_name", "/data/my scans/", "--epsilon", "1"], "runs/my-scans-eps1"),
         (["--dataset_name", "org/cats", "--epsilon", "2"], "runs/cats-eps2"),
         (["--dataset_name", "builtin:digits", "--epsilon", "2"], "runs/digits-eps2"),
         (["--dataset_name", "..", "--epsilon", "2"], "runs/images-eps2"),
@@ -201,6 +210,36 @@ def test_a_run_ends_with_three_commands_to_try(training):
     assert result.stdout.startswith("THE PLAN\n") and "runs/my run.private" in result.stdout
     for command in ("sample --adapter", "verify", "evaluate"):
         assert f"dp-peft {command} 'runs/my run'" in result.stderr
+
+
+def next_commands(*words):
+    """The commands that `dp-peft train` says to try next, by name, each checked to be one that can be typed."""
+    result = invoke("train", *words)
+    assert result.exit_code == 0, result.output
+    lines = result.stderr.partition("Try next:\n")[2].splitlines()
+    for line in lines:
+        check_command(line.strip())
+    return {line.split()[1]: line for line in lines}
+
+
+def test_captions_are_private_so_the_command_that_samples_says_a_prompt(training):
+    words = ("--pretrained_model_name_or_path", "x", "--dataset_name", "y", "--epsilon", 1, "--caption_column", "text")
+    commands = next_commands(*words)
+    assert "--prompt 'a photo of ...'" in commands["sample"]
+    assert set(commands) == {"sample", "verify"}
+    assert "--prompt" not in next_commands(*words, "--sample_prompts", "a cat")["sample"]
+    assert "--prompt" not in next_commands()["sample"]
+
+
+def test_a_run_without_classes_is_not_said_to_be_evaluated(training):
+    assert set(next_commands()) == {"sample", "verify", "evaluate"}
+    assert set(next_commands("--label_column", "none")) == {"sample", "verify"}
+
+
+def test_a_base_in_a_local_folder_is_named_in_what_comes_next(training, tmp_path):
+    (tmp_path / "my base").mkdir()
+    commands = next_commands("--pretrained_model_name_or_path", tmp_path / "my base", "--epsilon", 1)
+    assert all(f"--base '{tmp_path / 'my base'}'" in commands[name] for name in ("sample", "evaluate"))
 
 
 def test_a_run_without_privacy_says_so_and_offers_nothing_to_verify(training):

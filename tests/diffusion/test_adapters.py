@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,6 +124,16 @@ def test_code_directions_span_the_public_rows(base):
     directions = code_directions(base, 9)
     projected = offsets @ torch.linalg.pinv(directions) @ directions
     assert torch.allclose(projected, offsets, atol=1e-4)
+
+
+def test_code_directions_are_those_of_public_rows_wherever_the_null_row_lies(base):
+    moved = copy.deepcopy(base.unet)
+    moved.class_embedding.weight.data = moved.class_embedding.weight.roll(1, dims=0)  # the null row becomes row 10
+    moved.class_embedding.weight.data[0] = moved.class_embedding.weight[10]
+    moved.class_embedding.weight.data[10:] = 1e3  # spare now, and no direction
+    layout = replace(base.layout, null_class=0, spare_classes=(10, 30))
+    found = code_directions(replace(base, unet=moved, layout=layout), None)
+    assert torch.allclose(found, code_directions(base, None))
 
 
 def test_an_adapter_of_which_nothing_trains_is_refused(base):

@@ -1,6 +1,8 @@
+import copy
 import fnmatch
 import json
 import shutil
+from dataclasses import asdict, replace
 
 import diffusers
 import pytest
@@ -8,6 +10,7 @@ import torch
 from diffusers import (
     DDPMScheduler,
     EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -18,7 +21,7 @@ from tiny_bases import BASES, tiny_unet2d, write
 from tiny_models import tiny_base_folder, tiny_unet
 
 from dp_peft_diffusion.diffusion import base_folder
-from dp_peft_diffusion.diffusion.base_model import BUILTIN_BASES, fingerprint, load_base
+from dp_peft_diffusion.diffusion.base_model import BUILTIN_BASES, BaseLayout, fingerprint, load_base
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.privacy.model_files import read_base
 
@@ -155,8 +158,36 @@ def test_what_a_net_predicts_is_its_own_unless_it_is_from_scratch(folders):
     latent_v = load_base(str(folders["latent"]), prediction_type="v_prediction", **scratch).scheduler
     discrete = load_base(str(folders["edm"]), prediction_type="epsilon", **scratch).scheduler
     assert latent_v.config.prediction_type == "v_prediction" and latent_v.config.beta_start == 0.0015
-    assert load_base(str(folders["latent"]), prediction_type="edm", **scratch).scheduler.config.sigma_data == 0.5
     assert type(discrete) is DDPMScheduler and discrete.config.prediction_type == "epsilon"
+
+
+def test_a_schedule_from_scratch_is_that_of_latents_where_the_base_is_latent(folders, copied):
+    scratch, latent = {"from_scratch": True}, copied("latent")
+    assert load_base(str(latent), prediction_type="edm", **scratch).scheduler.config.sigma_data == 1.0
+    assert load_base(str(folders["pixel"]), prediction_type="edm", **scratch).scheduler.config.sigma_data == 0.5
+    EDMEulerScheduler(sigma_data=0.5).save_pretrained(latent / "scheduler")
+    for place, clipped in ((latent, False), (folders["edm"], True)):
+        found = load_base(str(place), prediction_type="v_prediction", **scratch).scheduler.config
+        assert found.clip_sample == clipped and found.prediction_type == "v_prediction"
+
+
+def test_a_net_on_latents_is_never_taken_for_one_on_pixels(copied):
+    folder = copied("latent_vq")
+    (folder / "dp_peft_base.json").write_text(json.dumps(asdict(BaseLayout(latent=True))))
+    assert load_base(str(folder)).is_latent
+    (folder / "vqvae").rename(folder / "elsewhere")
+    with pytest.raises(UserError, match="latent_vq' denoises latents and has no autoencoder.*copy.*--base"):
+        load_base(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("null", "spare", "rows"),
+    [(None, (0, 0), range(12)), (3, (4, 12), range(3)), (0, (4, 12), range(1, 4)), (11, (0, 11), range(11))],
+)
+def test_public_rows_are_neither_the_null_row_nor_spare(bases, null, spare, rows):
+    layout = BaseLayout(null_class=null, spare_classes=spare)
+    assert replace(bases["latent"], layout=layout).public_rows == list(rows)
+    assert bases["pixel"].public_rows == []
 
 
 def test_weights_from_scratch_come_from_the_public_seed_alone(folders):
@@ -221,7 +252,18 @@ def test_the_digest_of_a_base_covers_every_part_of_it(bases, copied, change):
         path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | what[1]))
     changed = load_base(str(folder))
     assert changed.digest != bases["stable_diffusion_xl"].digest
+    around = changed.parts_digest != bases["stable_diffusion_xl"].parts_digest
+    assert around == (change not in ("unet", "schedule", "layout", "tokenizer"))
     assert (changed.sha256 == bases["stable_diffusion_xl"].sha256) == (change != "unet")
+
+
+def test_what_stands_around_a_network_has_a_digest_that_later_libraries_give_it_too(bases):
+    assert [family for family in BASES if bases[family].parts_digest is None] == ["pixel", "pixel_classes", "edm"]
+    encoder = bases["stable_diffusion_1"].text.encoders[0]
+    assert fingerprint(torch.nn.ModuleDict({"text_model": encoder})) == fingerprint(encoder)
+    base = replace(bases["latent"], vae=copy.deepcopy(bases["latent"].vae))
+    base.vae.register_to_config(added_by_a_later_version=1)
+    assert base.parts_digest == bases["latent"].parts_digest and base.digest != bases["latent"].digest
 
 
 def test_the_fingerprint_changes_with_any_weight():

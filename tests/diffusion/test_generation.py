@@ -1,6 +1,7 @@
 """Images from shareable folders of every family: what they show, and that each can be made again alone."""
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -8,12 +9,14 @@ import pytest
 import torch
 from tiny_bases import BASES
 
-from dp_peft_diffusion.diffusion.adapters import inject_adapter
+from dp_peft_diffusion.diffusion.adapters import inject_adapter, load_whole_model
 from dp_peft_diffusion.diffusion.base_model import load_base
 from dp_peft_diffusion.diffusion.generation import class_indices, generate, open_source
 from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.privacy import certificate
 from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, Recipe, Sample, load_recipe, to_yaml
-from dp_peft_diffusion.sharing.export import write_weights
+from dp_peft_diffusion.sharing.export import certify, write_weights
+from tests.privacy.folders import promise
 
 NAMES = ("cat", "dog")
 SAMPLE = Sample(num_inference_steps=2, guidance_scale=2.0)
@@ -150,17 +153,49 @@ def test_prompts_and_classes_are_refused_where_they_mean_nothing(labelled, tmp_p
     assert generate(unlabelled, num_images=1, guidance_scale=1.0)[1] is None
 
 
-@pytest.mark.parametrize(("name", "given"), [("latent", False), ("latent_vq", True)])
+@pytest.mark.parametrize(("name", "given"), [("latent", False), ("latent_vq", False), ("latent_vq", True)])
 def test_a_whole_model_takes_the_autoencoder_of_the_base_that_it_was_trained_on(name, given, tmp_path, base_folder):
     place = base_folder(name)
     data, sample = Data(label_column=None), dataclasses.replace(SAMPLE, guidance_scale=1.0)
     folder = shared(tmp_path / "run", place, Adapter(kind="full"), data, sample)
     source = open_source(folder, base=str(place) if given else None)
     assert source.base.is_latent and source.base.resolution == 16
-    trained = load_base(str(folder)).unet.state_dict()
+    with pytest.raises(UserError, match="denoises latents and has no autoencoder"):
+        load_base(str(folder))
+    trained = load_whole_model(folder).unet.state_dict()
     assert all(torch.equal(value, trained[key]) for key, value in source.base.unet.state_dict().items())
     images, _ = generate(folder, num_images=1, base=str(place) if given else None)
     assert images[0].size == (16, 16) and images[0].mode == "RGB"
+
+
+def test_a_whole_model_on_latents_asks_for_an_autoencoder_that_fits(tmp_path, base_folder):
+    folder = shared(tmp_path / "run", base_folder("latent_vq"), Adapter(kind="full"), Data(label_column=None))
+    with pytest.raises(UserError, match="no autoencoder lies there"):
+        open_source(folder, base=str(base_folder("pixel")))
+    with pytest.raises(UserError, match="autoencoder makes 4 channels and its UNet takes 3"):
+        open_source(folder, base=str(base_folder("latent")))
+    rewrite(folder, model=Model(pretrained_model_name_or_path="./mine"))
+    with pytest.raises(UserError, match="--base PATH/mine"):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_certified_folder_takes_no_other_autoencoder(kind, tmp_path, base_folder):
+    place = base_folder("latent_vq")
+    spec = dataclasses.replace(LORA, kind=kind, target_modules=("to_q",) if kind == "lora" else None)
+    folder = shared(tmp_path / "run", place, spec, Data(label_column=None))
+    recipe = dataclasses.replace(load_recipe(folder / "recipe.yaml"), privacy=Privacy(epsilon=1.0, gamma=0.01))
+    facts = certify(folder, recipe, load_base(str(place)), promise(), "given", "os", "deleted")
+    certificate.write(folder, facts)
+    same, other = (shutil.copytree(place, tmp_path / name) for name in ("same", "other"))
+    assert open_source(folder, base=str(same)).base.is_latent
+    config = json.loads((other / "vqvae" / "config.json").read_text())
+    (other / "vqvae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 5.0}))
+    with pytest.raises(UserError, match="trained on ./latent_vq with an autoencoder or.*other has .*--base"):
+        open_source(folder, base=str(other))
+    del facts["base"]["parts_sha256"]  # a certificate of before
+    certificate.write(folder, facts)
+    assert open_source(folder, base=str(other)).base.is_latent
 
 
 def test_a_whole_model_of_pixels_needs_no_base(tmp_path, base_folder):

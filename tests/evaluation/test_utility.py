@@ -117,6 +117,20 @@ def test_a_sampled_parquet_file_loads_like_the_folder(tmp_path):
     assert labels.tolist() == [2, 0, 1]
 
 
+@pytest.mark.parametrize("parquet", [False, True])
+def test_images_without_labels_are_refused_with_how_to_sample_labelled_ones(tmp_path, parquet):
+    if parquet:
+        columns = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+        rows = {"image": [Image.new("L", (4, 4))], "text": ["a cat"]}
+        (tmp_path / "images").mkdir()
+        datasets.Dataset.from_dict(rows, features=columns).to_parquet(tmp_path / "images" / "images-00000.parquet")
+    else:
+        Image.new("L", (4, 4)).save(tmp_path / "0.png")
+        (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a cat\n")
+    with pytest.raises(UserError, match="no 'label'.*--class_labels"):
+        load_synthetic(tmp_path, NAMES)
+
+
 def test_unusable_synthetic_images_get_a_clear_error(tmp_path):
     with pytest.raises(UserError, match="Run dp-peft sample"):
         load_synthetic(tmp_path, NAMES)
@@ -127,8 +141,5 @@ def test_unusable_synthetic_images_get_a_clear_error(tmp_path):
     with pytest.raises(UserError, match="differ in size"):
         load_synthetic(tmp_path, NAMES)
     (tmp_path / "images" / "000001.png").write_bytes(b"")
-    with pytest.raises(UserError, match="Run dp-peft sample"):
-        load_synthetic(tmp_path, NAMES)
-    (tmp_path / "images" / "metadata.csv").write_text("file_name\n000000.png\n")
     with pytest.raises(UserError, match="Run dp-peft sample"):
         load_synthetic(tmp_path, NAMES)

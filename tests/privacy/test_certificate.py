@@ -204,6 +204,7 @@ UNPROVABLE = [
     ("public_inputs", "class_names"),
     ("public_inputs", "resolution"),
     ("base", "revision"),
+    ("base", "parts_sha256"),
     ("key_after_export",),
     ("gradient_check",),
     (*RELEASE, "mechanism", "max_grad_norm"),

@@ -450,7 +450,7 @@ HOSTILE_MODELS = {
 def test_a_hostile_whole_model_is_refused_for_its_reason_before_diffusers_builds_it(tmp_path, case, monkeypatch):
     from dp_peft_diffusion.diffusion import adapters
 
-    monkeypatch.setattr(adapters, "load_base", lambda *_: pytest.fail("diffusers was asked"))
+    monkeypatch.setattr(adapters, "load_parts", lambda *_: pytest.fail("diffusers was asked"))
     strangers.write_base_of(strangers.write_model(tmp_path))
     plant, reason = HOSTILE_MODELS[case]
     assert "Fits builtin:handwriting" in check_adapter(tmp_path)

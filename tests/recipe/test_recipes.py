@@ -16,7 +16,9 @@ from tiny_models import tiny_image_folder
 
 from dp_peft_diffusion.cli import main
 from dp_peft_diffusion.cli.recipes import facts_of, said
+from dp_peft_diffusion.diffusion.adapters import inject_adapter
 from dp_peft_diffusion.diffusion.architectures import trainable_count
+from dp_peft_diffusion.diffusion.base_model import load_base
 from dp_peft_diffusion.pretraining.networks import build_unet
 from dp_peft_diffusion.privacy.mechanism import DPMechanism
 from dp_peft_diffusion.recipe import load_pretrain_recipe, load_recipe, recipe_path
@@ -31,6 +33,7 @@ STAND_INS = {
     "dp-finetune-camelyon17": "pixel_classes",
     "dp-finetune-cifar10": "pixel_classes",
     "dp-ldm-celeba64": "latent_vq",
+    "dp-lora-celeba32": "latent",
     "dp-lora-celeba64": "latent_vq",
     "dp-lora-celebahq": "latent",
     "dp-lora-cifar10": "latent",
@@ -189,6 +192,7 @@ def test_an_adapter_is_as_large_as_the_paper_says(name, net, size):
     [
         ("bitfit-cifar10", 62_723),
         ("dp-ldm-celeba64", 7_949_824),
+        ("dp-lora-celeba32", 356_352),
         ("dp-lora-celeba64", 479_232),
         ("dp-lora-cifar10", 237_568),
         ("dp-lora-fmnist", 237_568),
@@ -217,6 +221,22 @@ def test_rank_12_on_separate_projections_is_as_large_as_rank_16_on_fused_ones():
     widths = [128, 256, 512] * 5 + [512]  # two attentions down and three up on each level, and one in the middle
     released = sum(16 * (d + 3 * d) + 16 * (d + d) for d in widths)
     assert released == sum(4 * 12 * (d + d) for d in widths) == 479_232
+
+
+def test_the_size_of_the_released_celeba32_follows_from_its_other_two_configurations():
+    widths = 479_232 / (16 * 4)  # of configuration qkv: rank 16, q, k, v alone
+    assert 2_875_392 == 64 * 6 * widths, "r64"
+    recipe = load_recipe(recipe_path("dp-lora-celeba32"))
+    assert 16 * 6 * widths == 4 * recipe.adapter.rank * 2 * widths == 718_848, "k2, and this recipe on the same net"
+    assert f"{widths:,.0f}" in head("dp-lora-celeba32") and "718,848" in head("dp-lora-celeba32")
+
+
+def test_the_null_row_of_dpdm_stays_at_its_random_start_and_the_head_counts_it_out():
+    for name in ("dpdm-mnist", "dpdm-fmnist"):
+        recipe = load_recipe(recipe_path(name))
+        base = load_base(recipe.model.pretrained_model_name_or_path, from_scratch=True)
+        trainable = inject_adapter(base, recipe.adapter, 10).trainable.values()
+        assert f"{sum(tensor.numel() for tensor in trainable):,} train with ten classes" in head(name)
 
 
 # ---- that they run

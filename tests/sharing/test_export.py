@@ -16,6 +16,7 @@ from dp_peft_diffusion.privacy.mechanism import DPMechanism
 from dp_peft_diffusion.privacy.model_files import FROM_SCRATCH
 from dp_peft_diffusion.privacy.promise import make_promise
 from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, Recipe
+from dp_peft_diffusion.sharing.card import sample_arguments
 from dp_peft_diffusion.sharing.export import check_reload, export, public_base_name, shareable_recipe
 
 ROWS = (10, 11)
@@ -71,6 +72,20 @@ def test_the_card_says_the_promise_in_words_and_names_no_folder_of_the_machine(e
     assert facts["statement"] in card
     assert "step-0004.png" in card
     assert "secret-patients" not in card and str(folder.parent) not in card
+
+
+def test_the_card_says_all_that_sampling_needs_and_the_folder_does_not_hold(exported):
+    folder, base, _, recipe, _ = exported
+    card = (folder / "README.md").read_text()
+    assert "`dp-peft sample --adapter FOLDER --num_images 64 --base PATH/tiny-base`" in card
+    shared = shareable_recipe(recipe)
+    captions = dataclasses.replace(
+        shared, data=Data(caption_column="text"), model=Model(pretrained_model_name_or_path="some/hub")
+    )
+    assert sample_arguments(captions, base) == " --prompt 'a photo of ...'"
+    whole = dataclasses.replace(shared, adapter=Adapter(kind="full"))
+    assert sample_arguments(whole, base) == "", "a net on pixels is its own base"
+    assert "--base" in sample_arguments(whole, dataclasses.replace(base, vae=torch.nn.Identity()))
 
 
 def test_no_exported_file_names_the_private_folder(exported):

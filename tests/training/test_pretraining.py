@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, EDMEulerScheduler, UNet2DModel
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+from test_documentation import check_command, command_lines
 
 from dp_peft_diffusion.diffusion.base_model import load_base
 from dp_peft_diffusion.diffusion.glyphs import CANVAS, DIHEDRAL, augment, crop_glyph
@@ -256,6 +257,9 @@ def test_what_is_left_behind_says_that_it_is_not_private(kind, request, tmp_path
     recipe = dataclasses.replace(request.getfixturevalue(kind), max_train_steps=1)
     text = (pretrain(recipe, tmp_path / "out") / "README.md").read_text()
     assert "NOT private" in text and "No epsilon" in text
+    assert "--dataset_name PATH_TO_" in text
+    for line in command_lines(text):
+        check_command(line)
     assert str(tmp_path) not in text  # nor where the images lay
 
 
