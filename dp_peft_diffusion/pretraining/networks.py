@@ -3,10 +3,9 @@
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, EDMEulerScheduler, UNet2DModel
 
+from dp_peft_diffusion.diffusion.schedules import LATENT_STD, PIXEL_STD
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.recipe import PretrainRecipe
-
-PIXEL_STD, LATENT_STD = 0.5, 1.0  # sigma_data of Karras et al. 2022: of pixels in [-1, 1], and of scaled latents
 
 
 def build_unet(recipe: PretrainRecipe, sample_size: int, channels: int, table_rows: int | None) -> UNet2DModel:

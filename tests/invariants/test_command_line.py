@@ -7,6 +7,7 @@ from click.testing import CliRunner
 from tiny_models import tiny_base_folder, tiny_image_folder
 
 from dp_peft_diffusion.cli import main
+from dp_peft_diffusion.evaluation.utility import load_synthetic
 
 
 def invoke(*arguments):
@@ -70,16 +71,18 @@ def test_verify_passes_and_fails_with_3_after_one_flipped_byte(trained, tmp_path
         weights.write_bytes(original)
 
 
-def test_sample_writes_images_of_the_wanted_classes(trained, place):
+@pytest.mark.parametrize("form", [[], ["--parquet"]])
+def test_sample_writes_images_of_the_wanted_classes(trained, place, form):
     folder, _ = trained
-    out = place / "samples"
+    out = place / f"samples{'-'.join(form)}"
     result = invoke(
         "sample", "--adapter", folder, "--num_images", 4, "--class_labels", "light", "--base", place / "base",
-        "--output_dir", out, "--parquet",
+        "--output_dir", out, *form,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert len(list((out / "images").glob("*.png"))) == 4 and (out / "images.parquet").is_file()
-    assert {line.split(",")[1] for line in (out / "images" / "metadata.csv").read_text().split()[1:]} == {"light"}
+    images, labels = load_synthetic(out, ("dark", "light"))
+    assert len(images) == 4 and set(labels) == {1}
+    assert len(list((out / "images").glob("*.png"))) == (0 if form else 4)
 
 
 def test_evaluate_tests_classifiers_on_real_images(trained, place):
