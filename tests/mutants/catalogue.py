@@ -361,7 +361,8 @@ LAST_ROWS = (  # data, what is shown, prices, what the optimizer sees: rows 21 t
     mutant(
         "rows are ordered by content", 21, whole_runs.records, "diffusion.datasets:_written",
         "arrays = write_arrays(folder, records, reader.null, listing.num_rows)",
-        "arrays = write_arrays(folder, records, reader.null, listing.num_rows); means = arrays['clean'][:-1].mean(axis=(1, 2, 3, 4)); "
+        "arrays = write_arrays(folder, records, reader.null, listing.num_rows); "
+        "means = arrays['clean'][:-1].mean(axis=(1, 2, 3, 4)); "
         "order = np.append(np.argsort(means, kind='stable'), listing.num_rows); "
         "arrays = {name: array[order] for name, array in arrays.items()}",
     ),
