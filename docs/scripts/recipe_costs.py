@@ -8,6 +8,7 @@ micro-batch with all its draws, in float32. Autoencoders and text encoders are l
 Results go to docs/reference/recipe-costs.json and, in one line, to the head of the recipe. Leave the machine alone.
 """
 
+import dataclasses
 import json
 import re
 import resource
@@ -40,7 +41,8 @@ ARCHITECTURES = ROOT / "tests/recipe/architectures"
 HUB = {"dp-lora-celebahq": "cin256", "sd15-lora": "stable-diffusion-v1-5", "sdxl-lora": "stable-diffusion-xl-base-1.0"}
 GPU_FLOPS = 1e14  # assumed: 100 TFLOP/s sustained in bfloat16 on one large GPU
 MEMORY = 20 * 10**9  # bytes; what needs more is left out
-ROWS = 32  # network evaluations in a micro-batch, unless one image has more
+ROWS = 32  # network evaluations in a micro-batch
+LARGE, LARGE_ROWS = 200_000_000, 4  # the same for a network of more parameters
 ENOUGH = 120  # seconds of measuring after which no further repeat begins
 TOKENS = {512: 1, 768: 77, 2048: 77}  # prompt length, by width: one token of a class, or CLIP's 77
 
@@ -87,9 +89,14 @@ def sentence(result: dict[str, object], threads: int) -> str:
     if "left_out" in result:
         return f"not measured: {result['left_out']}."
     return (
-        f"{result['images_per_second']:.2g} images per second on {threads} CPU threads; "
-        f"about {max(0.1, result['gpu_hours']):.2g} GPU hours at an assumed {GPU_FLOPS / 1e12:.0f} TFLOP/s."
+        f"{plain(result['images_per_second'])} images per second on {threads} CPU threads; "
+        f"about {plain(max(0.1, result['gpu_hours']))} GPU hours at an assumed {GPU_FLOPS / 1e12:.0f} TFLOP/s."
     )
+
+
+def plain(value: float) -> str:
+    """Two digits, without an exponent."""
+    return f"{float(f'{value:.2g}'):g}"
 
 
 def write_cost(name: str, text: str) -> None:
@@ -108,13 +115,30 @@ def measure(name: str) -> dict[str, object]:
     gamma = (recipe.privacy.gamma or 0.01) if recipe.privacy.clipping == "automatic" else None
     clipper = PerSampleClipper(task.base.unet, recipe.privacy.max_grad_norm, recipe.privacy.clipping, gamma)
     rows = recipe.train.noise_multiplicity * recipe.train.augmentation_multiplicity
-    b = min(recipe.train.micro_batch_size, max(1, ROWS // rows))
+    most = ROWS if sum(p.numel() for p in task.base.unet.parameters()) < LARGE else LARGE_ROWS
+    task, measured_rows = with_fewer_draws(task, most)  # an image of 128 draws costs four times one of 32
+    b = min(recipe.train.micro_batch_size, max(1, most // measured_rows))
     batch, loss_fn, seconds = random_batch(task, b), make_loss(task), list[float]()
     while len(seconds) < 4 and sum(seconds) < ENOUGH:  # the first is a warm-up, and counts if it is all there is
         start = time.perf_counter()
         clipper.clipped_sum_of(loss_fn, batch)
         seconds.append(time.perf_counter() - start)
-    return {"images_per_second": b / min(seconds), "micro_batch": b, "draws": rows, "seconds": seconds}
+    rate = b * measured_rows / rows / min(seconds)
+    return {
+        "images_per_second": rate,
+        "micro_batch": b,
+        "draws": rows,
+        "measured_draws": measured_rows,
+        "seconds": seconds,
+    }
+
+
+def with_fewer_draws(task: Task, most: int) -> tuple[Task, int]:
+    """The task with at most so many rows for each image, and how many they are."""
+    views = min(task.recipe.train.augmentation_multiplicity, most)
+    draws = min(task.recipe.train.noise_multiplicity, most // views)
+    train = dataclasses.replace(task.recipe.train, augmentation_multiplicity=views, noise_multiplicity=draws)
+    return dataclasses.replace(task, recipe=dataclasses.replace(task.recipe, train=train)), views * draws
 
 
 def task_of(name: str, recipe: Recipe) -> Task:
