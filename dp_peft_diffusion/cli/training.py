@@ -60,6 +60,7 @@ def train(ctx: click.Context, **params: Any) -> None:
     if params["dry_run"]:
         click.echo("Nothing was trained. Remove --dry_run to start.")
         return
+    hint("Reading the images. A base on latents encodes each of them once, which may take a while.")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends as Ctrl-C does
     result = run(prepared, escrow_key=params["escrow_key"])
     if result.certificate is None:
