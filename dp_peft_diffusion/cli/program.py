@@ -61,4 +61,6 @@ def _interrupted(ctx: click.Context) -> NoReturn:
         hint(
             "Nothing is lost and nothing shareable was written. Type the same command to go on, without --new_attempt."
         )
+    if ctx.invoked_subcommand in ("pretrain", "sample"):
+        hint("What was made stays. Type the same command to go on.")
     ctx.exit(INTERRUPTED)

@@ -17,7 +17,7 @@ from dp_peft_diffusion import environment
 from dp_peft_diffusion.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("train", "pretrain", "sample", "verify", "inspect", "plan", "evaluate", "bench", "env")
+COMMANDS = ("train", "pretrain", "sample", "verify", "inspect", "plan", "evaluate", "bench", "env", "recipes", "spent")
 HEAVY = {"torch", "torchvision", "diffusers", "peft", "transformers", "accelerate", "datasets", "opacus"}
 
 
@@ -154,3 +154,13 @@ def test_every_offered_name_is_there(name):
 def test_a_name_that_is_not_offered_is_an_attribute_error():
     with pytest.raises(AttributeError, match="nothing_like_it"):
         getattr(dp_peft_diffusion, "nothing_like_it")  # noqa: B009
+
+
+def test_a_pretraining_that_is_stopped_says_how_to_go_on(monkeypatch, tmp_path):
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dp_peft_diffusion.pretraining.pretrain", stopped)
+    words = ("pretrain", "--kind", "pixel", "--dataset_name", "x", "--output_dir", str(tmp_path / "out"))
+    result = invoke(*words)
+    assert result.exit_code == 130 and "same command" in result.stderr
