@@ -67,6 +67,19 @@ def with_captions(recipe: Recipe, base, images, **train: object) -> Recipe:
     return changed(wanted, "data", dataset_name=str(images), caption_column="text")
 
 
+def stop_after_the_first_update(monkeypatch, wanted: Recipe, folder) -> None:
+    """Train until the first state is saved."""
+    save = training.save_state
+
+    def save_and_stop(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "save_state", save_and_stop)
+        train(wanted, folder, KEY)
+
+
 @pytest.mark.parametrize("family", BASES)
 def test_every_family_trains_exports_verifies_and_samples(recipe, bases, tmp_path, family):
     wanted = on(recipe, bases[family], skip_self_check=False, augmentation_multiplicity=2, noise_multiplicity=2)
@@ -168,15 +181,7 @@ def test_a_run_with_captions_resumes_bit_for_bit_and_decodes_nothing_again(
 ):
     wanted = with_captions(recipe, bases["stable_diffusion_1"], captioned)
     whole = train(wanted, tmp_path / "whole", KEY)
-    original = training.save_state
-
-    def stop(*arguments):
-        original(*arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "save_state", stop)
-        train(wanted, tmp_path / "parts", KEY)
+    stop_after_the_first_update(monkeypatch, wanted, tmp_path / "parts")
     monkeypatch.setattr(records, "decode", lambda *arguments: pytest.fail("decoded again"))
     resumed = run(prepare(wanted, tmp_path / "parts"), KEY)
     for name in ("adapter_model.safetensors", "metrics.jsonl", "samples/step-0002.png"):
@@ -229,15 +234,8 @@ def test_the_clipper_never_holds_text_encoders_or_the_autoencoder(recipe, bases,
 
 def test_the_same_noise_is_not_drawn_when_prompts_are_embedded_otherwise(recipe, bases, tmp_path, monkeypatch):
     """What the network is told of each class is computed anew when a run goes on."""
-    wanted, original = on(recipe, bases["stable_diffusion_1"]), training.save_state
-
-    def stop(*arguments):
-        original(*arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "save_state", stop)
-        train(wanted, tmp_path / "run", KEY)
+    wanted = on(recipe, bases["stable_diffusion_1"])
+    stop_after_the_first_update(monkeypatch, wanted, tmp_path / "run")
     encode = TextEncoders.encode
     monkeypatch.setattr(
         TextEncoders, "encode", lambda self, prompts: {k: 1.01 * v for k, v in encode(self, prompts).items()}
