@@ -98,7 +98,7 @@ def _field_option(section: str, spec: "Field[Any]", default: Any) -> Callable[..
     metavar = f"[{'|'.join(meta['choices'])}]" if "choices" in meta else _METAVARS[kind.element]
     if kind.is_list:
         metavar = separator.join(("A", "B", "..."))
-        default = ",".join(map(str, default)) if default else None
+        default = separator.join(map(str, default)) if default else None
     shown = f"{text}." if default in (None, "") else f"{text}.  [{default}]"
     aliases = [f"--{alias}" for alias in meta.get("aliases", ())]
     return click.option(name, *aliases, key, type=kind, default=None, metavar=metavar, help=shown)

@@ -1,13 +1,12 @@
 """`dp-peft pretrain`."""
 
-import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
 from dp_peft_diffusion.cli.options import RecipeCommand, given_options, recipe_options
-from dp_peft_diffusion.cli.program import hint
+from dp_peft_diffusion.cli.program import command_line, hint
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.recipe import PATH_TO_IMAGES, PretrainRecipe, load_pretrain_recipe, recipe_path
 
@@ -46,7 +45,7 @@ def pretrain(ctx: click.Context, **params: Any) -> None:
     else:
         click.echo(f"Done. Base, NOT private: {made}")
         words = ("--pretrained_model_name_or_path", made, "--dataset_name", PATH_TO_IMAGES, "--epsilon", 1)
-        hint(f"Train privately on it:\n  {_command('train', *words)}")
+        hint(f"Train privately on it:\n  {command_line('train', *words)}")
 
 
 def run_name(recipe: PretrainRecipe, path: Path | None) -> str:
@@ -61,8 +60,4 @@ def latent_command(recipe: PretrainRecipe, name: str | None, autoencoder: Path) 
     """What trains a base on an autoencoder's latents. Recipe X-vae makes the autoencoder of recipe X."""
     kind = ["--kind", "latent", "--resolution", recipe.resolution, "--image_channels", recipe.image_channels]
     words = kind if name is None else ["--recipe", name.removesuffix("-vae")]
-    return _command("pretrain", *words, "--vae", autoencoder, "--dataset_name", recipe.dataset_name)
-
-
-def _command(*words: object) -> str:
-    return shlex.join(["dp-peft", *map(str, words)])
+    return command_line("pretrain", *words, "--vae", autoencoder, "--dataset_name", recipe.dataset_name)

@@ -1,5 +1,6 @@
 """How the program fails: one line that begins with `error:`, an exit code, and no traceback."""
 
+import shlex
 from typing import Any, NoReturn
 
 import click
@@ -39,6 +40,11 @@ class Program(click.Group):
 def hint(text: str) -> None:
     """Something helpful that is not the result: to stderr."""
     click.echo(text, err=True)
+
+
+def command_line(*words: object) -> str:
+    """A command of this program, as it can be typed."""
+    return shlex.join(["dp-peft", *map(str, words)])
 
 
 def _fail(ctx: click.Context, message: str, exit_code: int) -> NoReturn:

@@ -1,7 +1,6 @@
 """`dp-peft train`."""
 
 import re
-import shlex
 import signal
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import click
 
 from dp_peft_diffusion.cli.options import RecipeCommand, given_options, recipe_options
-from dp_peft_diffusion.cli.program import hint
+from dp_peft_diffusion.cli.program import command_line, hint
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.recipe import Recipe, load_recipe, recipe_path
 
@@ -105,14 +104,10 @@ def next_commands(folder: Path, recipe: Recipe) -> None:
     name, images = recipe.model.pretrained_model_name_or_path, recipe.data.dataset_name
     base = ["--base", name] if Path(name).is_dir() else []
     prompt = [] if recipe.data.caption_column is None or recipe.sample.prompts else ["--prompt", "a photo of ..."]
-    lines = [_command("sample", "--adapter", folder, "--num_images", 64, *prompt, *base)]
+    lines = [command_line("sample", "--adapter", folder, "--num_images", 64, *prompt, *base)]
     if not recipe.privacy.no_privacy:
-        lines.append(_command("verify", folder))
+        lines.append(command_line("verify", folder))
     if load_recipe(folder / "recipe.yaml").data.class_names is not None:
         held_out = [images] if images.startswith("builtin:") else ["PATH_TO_HELD_OUT_IMAGES", "--split", "train"]
-        lines.append(_command("evaluate", folder, "--dataset_name", *held_out, *base))
+        lines.append(command_line("evaluate", folder, "--dataset_name", *held_out, *base))
     hint("Try next:\n  " + "\n  ".join(lines))
-
-
-def _command(*words: object) -> str:
-    return shlex.join(["dp-peft", *map(str, words)])
