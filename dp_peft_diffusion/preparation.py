@@ -211,7 +211,12 @@ def promise_of(recipe: Recipe, mechanism: DPMechanism, given_up: tuple[Release, 
     privacy = recipe.privacy
     prior = read_prior(privacy.prior_event or (), mechanism, recipe.data.group_column) + given_up
     return make_promise(
-        mechanism, delta=privacy.delta, epsilon=privacy.epsilon, tuning_runs=privacy.tuning_runs, prior=prior
+        mechanism,
+        delta=privacy.delta,
+        epsilon=privacy.epsilon,
+        tuning_runs=privacy.tuning_runs,
+        unpaid_runs=privacy.unpaid_runs,
+        prior=prior,
     )
 
 

@@ -104,7 +104,7 @@ def certificate(
         "mechanism": _mechanism(mechanism) | own_choices,
         "accounting": _accounting(promise),
         "public_inputs": {**public_inputs, **known_n},
-        "tuning": {"runs": promise.tuning_runs, "priced": "composition"} if promise.tuning_runs else "undeclared",
+        "tuning": _tuning(promise),
         "other_releases": other_releases,
         "assumptions": assumptions(other_releases),
         "base": {key: base.get(key) for key in ("name", "revision", "sha256", "parts_sha256")},
@@ -128,6 +128,12 @@ def _mechanism(mechanism: "DPMechanism") -> dict[str, Any]:
         "truncated_batch_size": mechanism.truncated_batch_size,
         "max_examples_per_group": mechanism.max_examples_per_group,
     }
+
+
+def _tuning(promise: "Promise") -> dict[str, Any] | str:
+    if promise.unpaid_runs is not None:
+        return {"runs": promise.unpaid_runs, "priced": "no"}
+    return "undeclared" if promise.tuning_runs is None else {"runs": promise.tuning_runs, "priced": "composition"}
 
 
 def _release(release: "Release") -> dict[str, Any]:

@@ -91,7 +91,7 @@ def _runs(value: Any) -> bool:
         isinstance(value, dict)
         and set(value) == {"runs", "priced"}
         and whole(1, ranges.MAX_RUNS)(value["runs"])
-        and value["priced"] == "composition"
+        and value["priced"] in ("composition", "no")
     )
 
 

@@ -109,6 +109,8 @@ def _follows(stated: float | None, recomputed: float | None, shortest: float) ->
 def _check_tuning(folder: Path, document: dict[str, Any]) -> str:
     if document["tuning"] == "undeclared":
         return "Undeclared: earlier runs on these records, from which options were chosen, would cost more."
+    if document["tuning"]["priced"] == "no":
+        return f"Declared: {document['tuning']['runs']} earlier runs on these records, NOT paid for by this epsilon."
     return f"Declared: {document['tuning']['runs']} runs with this mechanism in all, every one of them paid for."
 
 

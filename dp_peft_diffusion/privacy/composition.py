@@ -75,11 +75,13 @@ def promise_of(document: dict[str, Any]) -> Promise:
     """
     num_examples, relation = document["public_inputs"].get("num_examples"), document["neighboring_relation"]
     tuning = document["tuning"]
+    priced = None if tuning == "undeclared" else tuning["priced"]
     return Promise(
         mechanism=_mechanism_of(document["mechanism"], num_examples, relation),
         epsilon=document["guarantee"]["epsilon"],
         delta=document["guarantee"]["delta"],
-        tuning_runs=None if tuning == "undeclared" else tuning["runs"],
+        tuning_runs=tuning["runs"] if priced == "composition" else None,
+        unpaid_runs=tuning["runs"] if priced == "no" else None,
         prior=tuple(
             Release(
                 mechanism=_mechanism_of(release["mechanism"], release["num_examples"], relation),

@@ -48,6 +48,7 @@ class Promise:
         epsilon: promised for everything below together.
         delta: promised for everything below together.
         tuning_runs: runs of this mechanism in all, this one included; None when nothing is declared.
+        unpaid_runs: earlier runs from which options were chosen and that epsilon is NOT for; told, never priced.
         prior: what was released before.
     """
 
@@ -55,6 +56,7 @@ class Promise:
     epsilon: float
     delta: float
     tuning_runs: int | None = None
+    unpaid_runs: int | None = None
     prior: tuple[Release, ...] = ()
 
     @property
@@ -128,6 +130,7 @@ def make_promise(
     delta: float,
     epsilon: float | None,
     tuning_runs: int | None = None,
+    unpaid_runs: int | None = None,
     prior: Sequence[Release] = (),
 ) -> Promise:
     """The promise of a run: its noise calibrated to `epsilon`, or the epsilon of its noise.
@@ -138,18 +141,31 @@ def make_promise(
         delta: of the promise.
         epsilon: for everything together; None states the price, rounded up to 4 digits.
         tuning_runs: runs of this mechanism in all, this one included.
+        unpaid_runs: earlier runs that the promise is not for, which it will say.
         prior: what was released before from the same records.
 
     Raises:
-        UserError: a number is out of range, `epsilon` is not kept or cannot be, or neither noise nor epsilon is given.
+        UserError: a number is out of range, both kinds of runs are given, `epsilon` is not kept or cannot be, or
+            neither noise nor epsilon is given.
     """
     mechanism.check_delta(delta)
+    if unpaid_runs is not None:
+        check_count("unpaid_runs", unpaid_runs, MAX_RUNS, "--unpaid_runs 10")
+        if tuning_runs is not None:
+            raise UserError("--tuning_runs pays for earlier runs and --unpaid_runs does not. Leave one of them out.")
     largest = EPSILONS[1] if epsilon is None else check_epsilon(epsilon)
     if mechanism.noise_multiplier is None:
         if epsilon is None:
             raise UserError("give either an epsilon or a noise multiplier. Type for example --epsilon 1.")
         mechanism = _calibrated(mechanism, epsilon, delta, tuning_runs, prior)
-    promise = Promise(mechanism=mechanism, epsilon=largest, delta=delta, tuning_runs=tuning_runs, prior=tuple(prior))
+    promise = Promise(
+        mechanism=mechanism,
+        epsilon=largest,
+        delta=delta,
+        tuning_runs=tuning_runs,
+        unpaid_runs=unpaid_runs,
+        prior=tuple(prior),
+    )
     if promise.priced > largest:
         rest = ", with what it is composed with," if tuning_runs or prior else ""
         raise UserError(
@@ -260,6 +276,10 @@ def statement(promise: Promise, guarantee: dict[str, Any]) -> str:
     if guarantee["epsilon_per_image"] is not None:
         smaller = "the smaller " if guarantee["epsilon_per_image"] < epsilon else ""
         beside = f" For one image of a group, epsilon is {smaller}{guarantee['epsilon_per_image']:g}."
+    if promise.unpaid_runs is not None:
+        beside += (
+            f" NOT counted: {promise.unpaid_runs} earlier run(s) on the same records, from which options were chosen."
+        )
     return (
         f"{change} changes the probability of any outcome of {' and '.join(covered)} by a factor of at most "
         f"e^{epsilon:g} = {math.exp(epsilon):.4g}, and by {delta:g} on top. {known} An attacker who knows everything "

@@ -108,6 +108,9 @@ class Privacy:
     tuning_runs: int | None = option(
         None, at_least=1, below=100_001, help="runs on these images in all, this one included; epsilon is for all"
     )
+    unpaid_runs: int | None = option(
+        None, at_least=1, below=100_001, help="earlier runs that chose these options and that epsilon is not for; told"
+    )
     prior_event: tuple[str, ...] | None = option(
         None, help="privacy.json of earlier releases from these images; epsilon is then for all together"
     )

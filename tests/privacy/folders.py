@@ -36,8 +36,9 @@ def mechanism(**changes):
     return DPMechanism(**{**fields, **changes})
 
 
-def promise(epsilon=1.0, delta=1e-5, tuning_runs=None, prior=(), **changes):
-    return make_promise(mechanism(**changes), delta=delta, epsilon=epsilon, tuning_runs=tuning_runs, prior=prior)
+def promise(epsilon=1.0, delta=1e-5, tuning_runs=None, unpaid_runs=None, prior=(), **changes):
+    told = {"tuning_runs": tuning_runs, "unpaid_runs": unpaid_runs, "prior": prior}
+    return make_promise(mechanism(**changes), delta=delta, epsilon=epsilon, **told)
 
 
 def make_folder(folder, **changes):

@@ -85,6 +85,7 @@ PROMISES = {
     "asked for": lambda: promise(1.0),
     "priced": lambda: promise(None),
     "tuned": lambda: promise(None, tuning_runs=3),
+    "tuned, unpaid": lambda: promise(None, unpaid_runs=8),
     "composed": lambda: promise(6.0, prior=(release(), release(steps=7))),
     "groups": lambda: promise(None, max_examples_per_group=3, prior=(release(max_examples_per_group=3),)),
     "capped": lambda: promise(None, truncated_batch_size=600),
@@ -116,6 +117,17 @@ def test_what_cannot_be_checked_is_said(tmp_path):
     said = {name: text for name, _, text in verify(tmp_path / "run").levels}
     assert "3 runs" in said["tuning"] and "None listed" in said["releases"] and "deleted" in said["key"]
     assert len(certificate.read(tmp_path / "run")["assumptions"]) == 2
+
+
+def test_runs_that_nobody_pays_for_are_told_in_the_statement_and_by_verify(tmp_path):
+    document = make_folder(tmp_path / "run", promise=PROMISES["tuned, unpaid"]())
+    said = {name: text for name, _, text in verify(tmp_path / "run").levels}
+    assert "NOT counted: 8 earlier run(s)" in document["statement"] and "8 earlier runs" in said["tuning"]
+    assert "NOT paid for" in said["tuning"] and document["tuning"] == {"runs": 8, "priced": "no"}
+    assert document["guarantee"] == make_folder(tmp_path / "other", promise=promise(None))["guarantee"]
+    for hidden in ("undeclared", {"runs": 2, "priced": "no"}):
+        (tmp_path / "run" / "privacy.json").write_text(json.dumps(document | {"tuning": hidden}))
+        assert not verify(tmp_path / "run").ok
 
 
 def test_the_adapter_is_checked_against_its_base(folder, tmp_path):

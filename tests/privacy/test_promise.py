@@ -44,6 +44,14 @@ def test_tuning_runs_are_that_many_steps_more():
     assert ten.priced > one.priced == promise(5.0, tuning_runs=1).priced
 
 
+def test_runs_are_paid_for_or_not_but_never_both():
+    assert promise(5.0, unpaid_runs=10).priced == promise(5.0).priced
+    with pytest.raises(UserError, match="Leave one of them out"):
+        promise(5.0, tuning_runs=2, unpaid_runs=2)
+    with pytest.raises(UserError, match="unpaid_runs"):
+        promise(5.0, unpaid_runs=0)
+
+
 def test_noise_is_calibrated_for_everything_together_and_is_the_smallest():
     for extra in ({"tuning_runs": 7}, {"prior": (release(noise_multiplier=30.0),)}):
         found = promise(1.0, noise_multiplier=None, **extra)
