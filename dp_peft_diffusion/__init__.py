@@ -7,8 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dp_peft_diffusion.diffusion.adapters import inject_adapter, load_adapter, merge_adapter
+    from dp_peft_diffusion.diffusion.adapters import inject_adapter
     from dp_peft_diffusion.diffusion.generation import generate
+    from dp_peft_diffusion.diffusion.merging import load_adapter, merge_adapter
     from dp_peft_diffusion.gradients.clipper import PerSampleClipper
     from dp_peft_diffusion.privacy.certificate import verify
     from dp_peft_diffusion.privacy.mechanism import DPMechanism
@@ -33,8 +34,8 @@ _ROOMS = {
     "Recipe": "recipe",
     "generate": "diffusion.generation",
     "inject_adapter": "diffusion.adapters",
-    "load_adapter": "diffusion.adapters",
-    "merge_adapter": "diffusion.adapters",
+    "load_adapter": "diffusion.merging",
+    "merge_adapter": "diffusion.merging",
     "train": "training",
     "verify": "privacy.certificate",
 }

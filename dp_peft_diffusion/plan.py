@@ -70,7 +70,9 @@ def promise_lines(prepared: "Prepared") -> list[tuple[str, str]]:
     if promise.tuning_runs is not None:
         lines.append(("Tuning", f"epsilon is for {promise.tuning_runs:,} such runs in all"))
     if promise.unpaid_runs is not None:
-        lines.append(("Tuning", f"epsilon is NOT for {promise.unpaid_runs:,} earlier runs, which the certificate tells"))
+        lines.append(
+            ("Tuning", f"epsilon is NOT for {promise.unpaid_runs:,} earlier runs, which the certificate tells")
+        )
     for release in promise.prior:
         updates = f"{release.runs} times {release.mechanism.steps:,} updates"
         lines.append(("Before", f"{updates}, counted in epsilon: {release.source}"))

@@ -21,10 +21,11 @@ from dp_peft_diffusion.errors import PrivacyError, RunError, UserError
 from dp_peft_diffusion.gradients.clipper import PerSampleClipper
 from dp_peft_diffusion.gradients.self_check import check_gradients
 from dp_peft_diffusion.privacy.adapter_files import check_adapter
-from dp_peft_diffusion.privacy.certificate_form import check_form
+from dp_peft_diffusion.privacy.certificate_form import LORA_FILE, check_form
+from dp_peft_diffusion.privacy.lora_files import check_lora_file
 from dp_peft_diffusion.privacy.promise import Promise
 from dp_peft_diffusion.recipe import Recipe, to_yaml
-from dp_peft_diffusion.sharing.export import certify, shareable_recipe, write_weights
+from dp_peft_diffusion.sharing.export import certify, shareable_recipe, write_other_files, write_weights
 
 MEASURED_SECONDS = 1.0
 GAMMA_IMAGES = 64
@@ -153,7 +154,11 @@ def check_export(
             check_adapter(folder)
             if promise is not None:
                 (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
-                check_form(certify(folder, recipe, base, promise, gamma_source, "os", "deleted"))
+                document = certify(folder, recipe, base, promise, gamma_source, "os", "deleted")
+                check_form(document)
+                write_other_files(base, adapter, folder, document)
+                if (folder / LORA_FILE).is_file():
+                    check_lora_file(folder, document)
         except (PrivacyError, RunError) as error:
             raise UserError(
                 f"what this run would train cannot be exported: {error} If it is too large, choose a smaller --rank, "

@@ -59,7 +59,8 @@ def resolve(recipe: Recipe, base: BaseModel, class_names: tuple[str, ...] | None
     if train.label_dropout and not has_null:
         train = dataclasses.replace(train, label_dropout=0.0)
         notes += ("no label dropout: there are no labels, or the base has no null class",)
-    return dataclasses.replace(recipe, data=data, adapter=adapter, train=train), notes
+    model = dataclasses.replace(recipe.model, revision=base.revision)  # the commit, which a branch leaves behind
+    return dataclasses.replace(recipe, model=model, data=data, adapter=adapter, train=train), notes
 
 
 def check_fit(recipe: Recipe, base: BaseModel) -> None:

@@ -126,6 +126,39 @@ def test_every_relative_link_leads_to_a_file(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_to_a_heading_leads_to_one(page):
+    for where, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text()):
+        assert anchor in headings(page.parent / where if where else page), f"{where}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_test_that_a_page_names_is_there(page):
+    for path, name in re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", page.read_text()):
+        assert (ROOT / path).is_file(), path
+        assert not name or f"def {name}(" in (ROOT / path).read_text(), name
+
+
+def test_the_sharp_edges_have_the_grades_that_their_table_says():
+    page = (ROOT / "docs/explanation/sharp-edges.md").read_text()
+    listed = re.findall(r"^\| \[(.+)\]\(#.+\) \| (\w+) \|", page, re.MULTILINE)
+    sections = re.split(r"^## (\w+).*\n", page.partition("## At a glance")[2], flags=re.MULTILINE)
+    graded = {
+        title: grade.lower()
+        for grade, text in zip(sections[1::2], sections[2::2], strict=True)
+        for title in re.findall(r"^### (.+)$", text, re.MULTILINE)
+    }
+    assert {title.replace("`", ""): grade for title, grade in listed} == graded
+    assert len(listed) == len(graded) and set(graded.values()) == {"critical", "outside", "theoretical", "negligible"}
+
+
 def test_the_picture_of_the_rooms_names_every_file():
     architecture = (ROOT / "docs/explanation/architecture.md").read_text()
     picture = next(content for _, content in fenced(architecture) if content.startswith("dp_peft_diffusion/\n"))

@@ -4,8 +4,11 @@ import click
 
 from dp_peft_diffusion.cli.benchmark import bench
 from dp_peft_diffusion.cli.certificates import inspect_folder, verify
+from dp_peft_diffusion.cli.exporting import export_command
+from dp_peft_diffusion.cli.hub import pull, push
 from dp_peft_diffusion.cli.images import evaluate, sample
 from dp_peft_diffusion.cli.machine import env
+from dp_peft_diffusion.cli.merging import merge
 from dp_peft_diffusion.cli.planning import plan
 from dp_peft_diffusion.cli.pretraining import pretrain
 from dp_peft_diffusion.cli.program import Program
@@ -34,11 +37,11 @@ def print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=print_version, help="Print the version."
 )
 def main() -> None:
-    """Train a small adapter of a diffusion model so that no single image can be told from it.
-
-    Start with: dp-peft train --adapter lora --epsilon 1
-    """
+    """Type dp-peft train --adapter lora --epsilon 1 for a first private adapter."""
 
 
-for _command in (train, recipes, sample, verify, inspect_folder, plan, spent, evaluate, pretrain, bench, env):
+_MAKE = (train, recipes, sample, evaluate)
+_SHARE = (verify, inspect_folder, merge, export_command, push, pull)
+_PLAN = (plan, spent, pretrain, bench, env)
+for _command in (*_MAKE, *_SHARE, *_PLAN):
     main.add_command(_command)

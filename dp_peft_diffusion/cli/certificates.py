@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dp_peft_diffusion.cli.options import format_option
+from dp_peft_diffusion.cli.program import printable
 from dp_peft_diffusion.errors import PrivacyError, UserError
 
 if TYPE_CHECKING:
@@ -130,8 +131,3 @@ def marks() -> tuple[str, str]:
     except UnicodeEncodeError:
         return "ok    ", "FAILED"
     return "✓", "✗"
-
-
-def printable(text: str) -> str:
-    """Text from a stranger's file that cannot steer a terminal."""
-    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from dp_peft_diffusion.cli.adapters import (
+    adapter_options,
+    announce_base,
+    beside,
+    check_weights,
+    local_folders,
+    warnings_as_hints,
+)
 from dp_peft_diffusion.cli.options import format_option
+from dp_peft_diffusion.cli.program import printable
 from dp_peft_diffusion.errors import UserError
-from dp_peft_diffusion.recipe import MAX_SEED, Data, load_recipe
+from dp_peft_diffusion.privacy.adapter_recipe import read_recipe
+from dp_peft_diffusion.recipe import MAX_SEED, Data
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +32,8 @@ _REAL_IMAGES = ("dataset_name", "dataset_config_name", "split", "image_column", 
 
 
 @click.command()
-@click.option("--adapter", metavar="FOLDER", required=True, type=click.Path(path_type=Path), help="Folder of a run.")
+@adapter_options
+@click.option("--unmerged", is_flag=True, help="Keep the adapters as layers beside the base's weights.")
 @click.option("--num_images", default=64, show_default=True, type=click.IntRange(1, MAX_IMAGES), help="How many.")
 @click.option(
     "--first_image", default=0, show_default=True, type=click.IntRange(0, MAX_IMAGES - 1), help="Number of the first."
@@ -41,19 +53,20 @@ _REAL_IMAGES = ("dataset_name", "dataset_config_name", "split", "image_column", 
 )
 @click.option("--output_dir", type=click.Path(path_type=Path), help="Where the images go.  [FOLDER-samples]")
 @click.option("--parquet", is_flag=True, help="Write parquet files in place of one PNG for each image.")
-@click.option("--base", help="The base, if it lies elsewhere than the recipe says.")
-def sample(adapter: Path, output_dir: Path | None, **settings: Any) -> None:
-    """Generate images with an adapter.
+def sample(adapters: tuple[str, ...], weights: tuple[float, ...], output_dir: Path | None, **settings: Any) -> None:
+    """Generate images with an adapter, or with several together.
 
     The adapter is merged into its base. This costs no privacy, however many images you take. The same command goes on
     after a stop. Image number i is the same whatever else is made: --first_image i --num_images 1 makes it alone.
     """
-    folder = output_dir or adapter.absolute().with_name(f"{adapter.absolute().name}-samples")
+    folder = output_dir or beside(adapters[0], "samples")
     numbers = {name: settings.pop(name) for name in ("num_images", "first_image", "parquet")}
     if numbers["first_image"] + numbers["num_images"] > MAX_IMAGES:
         raise UserError(f"a seed has images 0 to {MAX_IMAGES - 1}. For more, take another --seed.")
+    settings["weights"] = check_weights(adapters, weights)
     labels, file = settings.pop("class_labels"), settings.pop("prompts_file")
-    settings["class_labels"] = None if labels is None else class_names(adapter, labels)
+    places = local_folders(adapters)
+    settings["class_labels"] = None if labels is None else class_names(places, labels)
     if file is not None:
         settings["prompts"] += read_prompts(file)
 
@@ -63,8 +76,10 @@ def sample(adapter: Path, output_dir: Path | None, **settings: Any) -> None:
     from dp_peft_diffusion.diffusion.image_files import check_folder, write_images
 
     check_folder(folder)
+    announce_base(places, settings["base"])
     settings["dtype"] = getattr(torch, settings["dtype"])
-    source = open_source(adapter, device=fastest_device(), **settings)
+    with warnings_as_hints():
+        source = open_source(places, device=fastest_device(), **settings)
     write_images(folder, source, **numbers)
     click.echo(f"{numbers['num_images']} images: {folder / 'images'}  grid: {folder / 'grid.png'}")
 
@@ -91,30 +106,32 @@ def read_prompts(file: Path) -> tuple[str, ...]:
     return lines
 
 
-def class_names(adapter: Path, text: str) -> list[str]:
+def class_names(folders: Sequence[Path], text: str) -> list[str]:
     """Class names from names or positions: a word that is a name is that name, even "3".
 
     Raises:
-        UserError: neither a class of the adapter nor a position among them, or no classes at all.
+        UserError: neither a class of the adapters nor a position among them, or no classes at all.
     """
-    known = adapter_classes(adapter, "Leave out --class_labels.")
+    known = adapter_classes(folders, "Leave out --class_labels.")
     names = []
     for word in (part.strip() for part in text.split(",")):
         if word not in known and not (word.isdecimal() and int(word) < len(known)):
-            raise UserError(f"--class_labels: {word!r} is no class of this adapter. There is: {', '.join(known)}.")
+            there = ", ".join(map(printable, known))
+            raise UserError(f"--class_labels: {word!r} is no class of this adapter. There is: {there}.")
         names.append(word if word in known else known[int(word)])
     return names
 
 
-def adapter_classes(folder: Path, otherwise: str) -> tuple[str, ...]:
-    """The classes an adapter was trained on.
+def adapter_classes(folders: Sequence[Path], otherwise: str) -> tuple[str, ...]:
+    """The classes that adapters were trained on, in the order of the adapters.
 
     Raises:
-        UserError: it has none, and `otherwise` says what follows; or the folder is not one of a run.
+        UserError: there are none, and `otherwise` says what follows; or a folder is not one of a run.
     """
-    known = load_recipe(folder / "recipe.yaml").data.class_names
-    if known is None:
-        raise UserError(f"{folder} has no classes. {otherwise}")
+    listed = [read_recipe(folder).data.class_names or () for folder in folders]
+    known = tuple(dict.fromkeys(name for names in listed for name in names))
+    if not known:
+        raise UserError(f"{' and '.join(map(str, folders))} has no classes. {otherwise}")
     return known
 
 
@@ -134,7 +151,7 @@ def adapter_classes(folder: Path, otherwise: str) -> tuple[str, ...]:
 @click.option("--scheduler", help="When sampling: as of dp-peft sample.  [the recipe's]")
 @click.option("--num_inference_steps", type=click.IntRange(min=1), help="When sampling.  [the recipe's]")
 @click.option("--guidance_scale", type=click.FloatRange(min=0), help="When sampling.  [the recipe's]")
-@click.option("--base", help="When sampling: the base, if it lies elsewhere than the recipe says.")
+@click.option("--base", help="When sampling: the base, if another or elsewhere.")
 @click.option("--evaluation_resolution", type=click.IntRange(min=1), help="Side that all images are resized to.")
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0, MAX_SEED - 1), help="Of sampling and nets."
@@ -167,7 +184,7 @@ def _evaluate(path: Path, names: tuple[str, ...] | None, **settings: Any) -> dic
     is_run = any((path / name).is_file() for name in ("recipe.yaml", "adapter_config.json"))
     data = Data(**{key: settings[key] for key in _REAL_IMAGES})
     if is_run:
-        known = adapter_classes(path, "Classifiers need them: only adapters with classes can be evaluated.")
+        known = adapter_classes([path], "Classifiers need them: only adapters with classes can be evaluated.")
         names = names or known
         images, labels = sampled(path, names, settings)
     else:
@@ -204,6 +221,7 @@ def sampled(folder: Path, names: tuple[str, ...], settings: dict[str, Any]) -> t
 
     passed_on = ("num_images", "scheduler", "num_inference_steps", "guidance_scale", "seed", "base")
     wanted = {key: settings[key] for key in passed_on}
-    images, labels = generate(folder, class_labels=names, device=fastest_device(), **wanted)
+    with warnings_as_hints():
+        images, labels = generate(folder, class_labels=names, device=fastest_device(), **wanted)
     arrays = np.stack([np.atleast_3d(np.asarray(image)).transpose(2, 0, 1) for image in images])
     return arrays, np.array([names.index(label) for label in labels or ()])

@@ -39,7 +39,15 @@ class Program(click.Group):
 
 def hint(text: str) -> None:
     """Something helpful that is not the result: to stderr."""
-    click.echo(text, err=True)
+    click.echo(printable(text, keep="\n"), err=True)
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text, maybe out of a stranger's file, that cannot steer a terminal.
+
+    keep: characters that stay as they are.
+    """
+    return "".join(char if char.isprintable() or char in keep else f"\\x{ord(char):02x}" for char in text)
 
 
 def command_line(*words: object) -> str:
@@ -48,7 +56,7 @@ def command_line(*words: object) -> str:
 
 
 def _fail(ctx: click.Context, message: str, exit_code: int) -> NoReturn:
-    click.echo(f"error: {message}", err=True)
+    hint(f"error: {message}")  # which may quote a stranger's file
     ctx.exit(exit_code)
 
 

@@ -1,18 +1,16 @@
-"""The adapter: inject one of the kinds, list what trains, give it to stock peft, load, merge."""
+"""The adapter: inject one of the kinds, list what trains, give it to stock peft."""
 
 import copy
-import warnings
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from dp_peft_diffusion import recipe
 from dp_peft_diffusion.diffusion.adapter_kinds import KINDS, carrier, peft_config, rows_alone
-from dp_peft_diffusion.diffusion.base_model import BaseModel, load_parts
+from dp_peft_diffusion.diffusion.base_model import BaseModel
 from dp_peft_diffusion.diffusion.class_rows import (
     CLASS_TABLE,
     ClassRows,
@@ -20,13 +18,7 @@ from dp_peft_diffusion.diffusion.class_rows import (
     code_directions,
     with_class_rows,
 )
-from dp_peft_diffusion.errors import PrivacyError, RunError, UserError
-from dp_peft_diffusion.privacy.adapter_files import holds_whole_model, read_adapter
-from dp_peft_diffusion.privacy.adapter_layers import check_fit
-from dp_peft_diffusion.privacy.model_files import check_model
-
-# peft says so of LNTuningConfig on any layer but LayerNorm; the tests show that it works.
-warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning, "peft")
+from dp_peft_diffusion.errors import RunError, UserError
 
 
 @dataclass(frozen=True)
@@ -158,64 +150,3 @@ def whole_model(base: BaseModel, adapter: Adapter) -> nn.Module:
         unet.class_embedding = copy.deepcopy(base.unet.class_embedding)
         adapter.class_rows.write_to(unet.class_embedding)
     return unet.requires_grad_(False).eval()
-
-
-def load_adapter(model: nn.Module, folder: Path | str) -> PeftModel:
-    """Load a shareable folder onto a base UNet with stock peft, after checking the files and that they fit.
-
-    Raises:
-        PrivacyError: the files say what our adapter kinds never write.
-        UserError: there is no adapter, or it does not fit the base.
-    """
-    if holds_whole_model(folder):
-        raise UserError(f"{folder} holds a whole model, not an adapter. Use merge_adapter, or load it as a base.")
-    files = read_adapter(Path(folder))
-    check_fit(files.config, files.layers, _shapes(model), "this model")
-    try:
-        loaded = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
-        held = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"adapter {folder} does not fit the base: {error}. Is --base the base it was trained on?"
-        ) from error
-    if held != files.tensors:  # peft would leave the missing ones at random
-        raise UserError(
-            f"adapter {folder}: peft wants other tensors: {sorted(held ^ files.tensors)[:4]}. Wrong --base?"
-        )
-    return loaded.eval()
-
-
-def load_whole_model(folder: Path | str) -> BaseModel:
-    """The net in a shareable folder that trained as a whole, after checking the files; never an autoencoder.
-
-    Raises:
-        PrivacyError: the files say what we never write, or are not all of a net.
-    """
-    shapes = check_model(Path(folder))
-    loaded = load_parts(str(folder))
-    if _shapes(loaded.unet) != shapes:
-        raise PrivacyError(f"the model in {folder} has not exactly the weights that its config.json promises.")
-    return loaded
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
-
-
-def merge_adapter(model: nn.Module, folder: Path | str, weight: float = 1.0) -> nn.Module:
-    """The base with the adapter merged in float32: a plain diffusers model. A whole model takes the base's place.
-
-    weight: how much of the change to merge; 0 is the base, 1 the adapter.
-    """
-    base_weights = {name: value.clone() for name, value in model.float().state_dict().items()}
-    if holds_whole_model(folder):
-        merged = load_whole_model(folder).unet.float().to(next(iter(base_weights.values())).device)
-        if _shapes(merged) != _shapes(model):
-            raise UserError(f"the model in {folder} is not of the shape of the base. Give the base it was trained on.")
-    else:
-        merged = load_adapter(model, folder).merge_and_unload()
-    if weight != 1.0:
-        with torch.no_grad():
-            for name, value in merged.state_dict().items():
-                value.copy_(torch.lerp(base_weights[name], value, weight))
-    return merged.eval()

@@ -1,19 +1,24 @@
 """The diffusers folder of a base: built in, on this machine or fetched from the Hub, and the models that lie in it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError
 from transformers.utils import logging
 
 from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.privacy.certificate_form import REVISION
 from dp_peft_diffusion.privacy.model_files import BUILTIN_BASES
 from dp_peft_diffusion.privacy.untrusted import MODEL_WEIGHTS
 
-# What is fetched from the Hub: settings, and the weights of the parts used here in full precision.
+_COMMIT = re.compile("[0-9a-f]{40}")
+# What is fetched from the Hub: settings and tokenizers, which are JSON but for the merges, and the weights of the parts
+# used here in full precision. An asterisk stands for slashes too.
 _WEIGHTS = (MODEL_WEIGHTS, "diffusion_pytorch_model-*-of-*.safetensors")
-_FILES = ["*.json", "tokenizer*/*", *_WEIGHTS]
+_FILES = ["*.json", "tokenizer/merges.txt", "tokenizer_2/merges.txt", *_WEIGHTS]
 _FILES += [f"{part}/{name}" for part in ("unet", "vae", "vqvae") for name in _WEIGHTS]
 _FILES += [f"text_encoder{which}/model{shard}.safetensors" for which in ("", "_2") for shard in ("", "-*-of-*")]
 
@@ -22,7 +27,7 @@ def find_folder(name: str, revision: str | None) -> Path:
     """Where the files of a base lie: `builtin:NAME`, a folder, or a Hub repository, which is fetched.
 
     Raises:
-        UserError: there is none of that name, or the Hub cannot be reached.
+        UserError: there is none of that name, the revision cannot be one, or the Hub cannot be reached.
     """
     if name.startswith("builtin:"):
         folder = BUILTIN_BASES / name.removeprefix("builtin:")
@@ -35,13 +40,24 @@ def find_folder(name: str, revision: str | None) -> Path:
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"--pretrained_model_name_or_path {name!r}: no such folder.")
+    if revision is not None and re.fullmatch(REVISION, revision) is None:
+        raise UserError(f"{revision[:80]!r} is no revision of {name}. Give a commit, a branch or a tag.")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPError) as error:  # HTTPError: a proxy, among others
         raise UserError(
             f"--pretrained_model_name_or_path {name!r} is no local folder, and could not be read from the Hub: "
             f"{error}. Check the name and the network, or give a folder, or builtin:handwriting."
         ) from error
+
+
+def hub_commit(name: str, folder: Path) -> str | None:
+    """The commit of a base that `find_folder` fetched from the Hub; None of one that lies here.
+
+    A branch moves on, and a commit does not. huggingface_hub names the folder of a snapshot by it.
+    """
+    here = name.startswith("builtin:") or Path(name).is_dir()
+    return folder.name if not here and _COMMIT.fullmatch(folder.name) else None
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from dp_peft_diffusion.diffusion.autoencoding import (
     load_autoencoder,
     to_latents,
 )
-from dp_peft_diffusion.diffusion.base_folder import find_folder, read_settings
+from dp_peft_diffusion.diffusion.base_folder import find_folder, hub_commit, read_settings
 from dp_peft_diffusion.diffusion.schedules import Schedule, read_schedule, with_prediction_type
 from dp_peft_diffusion.diffusion.text_encoding import TextEncoders, load_text_encoders
 from dp_peft_diffusion.diffusion.unets import load_unet, make_unet, unet_config
@@ -68,6 +68,7 @@ class BaseModel:
     """A frozen UNet in eval mode with its training noise schedule, and what turns images and prompts into its input.
 
     name: as the user gave it; of a net from scratch with `FROM_SCRATCH` before it.
+    revision: commit of a base from the Hub, whatever branch was asked for; None of one that lies here.
     sha256: the UNet's fingerprint. vae: of a latent base. text: of a text-conditional base.
     """
 
@@ -232,7 +233,7 @@ def load_parts(
         scheduler=scheduler,
         layout=layout,
         name=FROM_SCRATCH + name if from_scratch else name,
-        revision=revision,
+        revision=hub_commit(name, folder),
         subfolder=subfolder,
         sha256=fingerprint(unet),
         vae=vae,
@@ -297,7 +298,8 @@ def _told_all(base: BaseModel) -> bool:
     config, null = base.unet.config, base.text.null if base.text else {}
     pooled = 6 * (config.addition_time_embed_dim or 0) + null["text_embeds"].shape[1] if "text_embeds" in null else None
     wanted = config.projection_class_embeddings_input_dim if config.addition_embed_type else None
-    return null["encoder_hidden_states"].shape[2] == config.cross_attention_dim and pooled == wanted
+    width = config.encoder_hid_dim or config.cross_attention_dim  # a layer of the UNet may come between
+    return null["encoder_hidden_states"].shape[2] == width and pooled == wanted
 
 
 def _side(size: int | list[int] | tuple[int, ...] | None) -> Any:

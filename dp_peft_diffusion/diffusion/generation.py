@@ -1,4 +1,4 @@
-"""Images from a shareable folder: what each of them shows, and the base that its adapter goes on."""
+"""Images from shareable folders: what each of them shows."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,18 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from dp_peft_diffusion import recipe as recipes
-from dp_peft_diffusion.diffusion.adapters import load_whole_model, merge_adapter
-from dp_peft_diffusion.diffusion.autoencoding import load_autoencoder
-from dp_peft_diffusion.diffusion.base_folder import find_folder
-from dp_peft_diffusion.diffusion.base_model import BaseModel, check_fit, load_base
+from dp_peft_diffusion.diffusion.base_model import BaseModel
 from dp_peft_diffusion.diffusion.conditions import LABEL, class_prompts, null_conditions
 from dp_peft_diffusion.diffusion.grids import to_pil
+from dp_peft_diffusion.diffusion.opening import open_model
 from dp_peft_diffusion.diffusion.samplers import default_batch_size, sample_images
 from dp_peft_diffusion.errors import UserError
-from dp_peft_diffusion.privacy import certificate
-from dp_peft_diffusion.privacy.adapter_files import holds_whole_model
-from dp_peft_diffusion.privacy.certificate_form import FILE_NAME
-from dp_peft_diffusion.recipe import Recipe, load_recipe
+from dp_peft_diffusion.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -65,9 +60,9 @@ class ImageSource:
         """What the network is told of these images."""
         if self.prompts is not None and self.base.text is not None:
             wanted = [self.prompts[i % len(self.prompts)] for i in ids]
-            distinct = list(dict.fromkeys(wanted))
-            places = torch.tensor([distinct.index(prompt) for prompt in wanted])
-            return {name: rows[places.to(rows.device)] for name, rows in self.base.text.encode(distinct).items()}
+            distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(wanted))}
+            places = torch.tensor([distinct[prompt] for prompt in wanted])
+            return {name: rows[places.to(rows.device)] for name, rows in self.base.text.encode(list(distinct)).items()}
         if self.rows is not None:
             return {"class_labels": torch.tensor([self.rows[i % len(self.rows)] for i in ids])}
         return null_conditions(self.base, len(ids))
@@ -79,8 +74,10 @@ class ImageSource:
 
 
 def open_source(
-    folder: Path | str,
+    folders: Path | str | Sequence[Path | str],
     *,
+    weights: Sequence[float] | None = None,
+    unmerged: bool = False,
     class_labels: Sequence[str] | None = None,
     prompts: Sequence[str] | None = None,
     scheduler: str | None = None,
@@ -92,56 +89,83 @@ def open_source(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> ImageSource:
-    """A shareable folder as a source of images: the adapter merged into its base in float32, or the whole model in it.
+    """Shareable folders as a source of images: their adapters merged into the base, or the whole model of a single one.
 
-    class_labels, prompts: taken in turn; None takes all classes in turn. What is None is as in the folder's recipe.
+    They are merged in float32, whatever `dtype` the network then computes in.
+
+    weights: how much of each adapter's change is added to the base; None: 1 of each.
+    unmerged: the adapters stay layers of stock peft.
+    class_labels, prompts: taken in turn; None takes all classes of the first folder in turn. A class of several
+        folders is the first one's. What is None is as in the first folder's recipe, its base too.
 
     Raises:
         UserError: unknown class name, not an adapter folder, another base than it was trained on, or no prompts.
+        PrivacyError: the files of a folder say what we never write.
     """
-    folder = Path(folder)
-    recipe = load_recipe(folder / "recipe.yaml")
-    loaded = base_of(folder, recipe, base)
-    labels = choose_labels(loaded, recipe, class_labels, prompts)
-    names, rows = recipe.data.class_names or (), recipe.adapter.class_rows
+    places = [Path(folder) for folder in ([folders] if isinstance(folders, Path | str) else folders)]
+    loaded, recipes = open_model(places, [1.0] * len(places) if weights is None else weights, base, unmerged)
+    known = known_classes(loaded, recipes)
+    labels = choose_labels(known, recipes[0], class_labels, prompts)
     given: dict[str, Any] = {
         "scheduler": scheduler,
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
     }
-    unet = loaded.unet if holds_whole_model(folder) else merge_adapter(loaded.unet, folder)
+    given = {key: value for key, value in given.items() if value is not None}
     return ImageSource(
-        base=replace(loaded, unet=unet).to(device),
-        sample=replace(recipe.sample, seed=seed, **{key: value for key, value in given.items() if value is not None}),
+        base=loaded.to(device),
+        sample=replace(recipes[0].sample, seed=seed, **given),
         labels=labels,
-        rows=None if labels is None or rows is None else tuple(rows[names.index(label)] for label in labels),
-        prompts=choose_prompts(loaded, recipe, prompts, labels),
+        rows=None if labels is None or loaded.text is not None else class_rows(recipes, labels),
+        prompts=choose_prompts(loaded, recipes[0], prompts, labels, known),
         batch_size=batch_size or default_batch_size(loaded),
         dtype=dtype,
         device=device,
     )
 
 
+def known_classes(base: BaseModel, recipes: Sequence[Recipe]) -> dict[str, Recipe]:
+    """Every class that the base can be told of, and the first recipe that has it."""
+    known: dict[str, Recipe] = {}
+    for recipe in recipes:
+        if base.text is not None or recipe.adapter.class_rows is not None:
+            for name in recipe.data.class_names or ():
+                known.setdefault(name, recipe)
+    return known
+
+
+def class_rows(recipes: Sequence[Recipe], names: Sequence[str]) -> tuple[int, ...]:
+    """The rows of the class table that stand for classes; for one of several recipes it is the first one's."""
+    known: dict[str, int] = {}
+    for recipe in recipes:
+        for name, row in zip(recipe.data.class_names or (), recipe.adapter.class_rows or (), strict=False):
+            known.setdefault(name, row)
+    return tuple(known[name] for name in names)
+
+
 def choose_labels(
-    base: BaseModel, recipe: Recipe, wanted: Sequence[str] | None, prompts: Sequence[str] | None
+    known: dict[str, Recipe], recipe: Recipe, wanted: Sequence[str] | None, prompts: Sequence[str] | None
 ) -> tuple[str, ...] | None:
-    """The names of classes that images take in turn: those wanted, or all; None where prompts or nothing is shown.
+    """The names of classes that images take in turn: those wanted, or all of `recipe`; None where others are shown.
 
     Raises:
         UserError: a name that is no class, or classes where there are none.
     """
     if wanted and prompts:
         raise UserError("--class_labels and --prompt both say what to show. Leave one of them out.")
-    names = recipe.data.class_names
-    if names is None or (base.text is None and recipe.adapter.class_rows is None):
-        if wanted:
-            raise UserError("this adapter has no classes; leave out --class_labels.")
-        return None
-    return None if prompts else tuple(names[i] for i in class_indices(names, wanted, len(wanted or names)))
+    if wanted and not known:
+        raise UserError("this adapter has no classes; leave out --class_labels.")
+    names, own = list(known), [name for name, first in known.items() if first is recipe]
+    shown = wanted or own
+    return None if prompts or not shown else tuple(names[i] for i in class_indices(names, shown, len(shown)))
 
 
 def choose_prompts(
-    base: BaseModel, recipe: Recipe, prompts: Sequence[str] | None, labels: Sequence[str] | None
+    base: BaseModel,
+    recipe: Recipe,
+    prompts: Sequence[str] | None,
+    labels: Sequence[str] | None,
+    known: dict[str, Recipe],
 ) -> tuple[str, ...] | None:
     """The prompts that images take in turn: those given, those of the labels, or those of the recipe's grids.
 
@@ -154,9 +178,11 @@ def choose_prompts(
         if prompts:
             raise UserError(f"--prompt: base {base.name!r} reads no text. Use --class_labels, or leave it out.")
         return None
+    if prompts:
+        return tuple(prompts)
+    if labels:
+        return tuple(class_prompts([name], known[name].data.prompt_template)[0] for name in labels)
     template = recipe.data.prompt_template
-    if prompts or labels:
-        return tuple(prompts or class_prompts(labels, template))
     if recipe.sample.prompts or LABEL not in template:
         return recipe.sample.prompts or (template,)
     raise UserError(
@@ -165,10 +191,12 @@ def choose_prompts(
 
 
 def generate(
-    folder: Path | str,
+    folders: Path | str | Sequence[Path | str],
     *,
     num_images: int = 64,
     first_image: int = 0,
+    weights: Sequence[float] | None = None,
+    unmerged: bool = False,
     class_labels: Sequence[str] | None = None,
     prompts: Sequence[str] | None = None,
     scheduler: str | None = None,
@@ -180,7 +208,7 @@ def generate(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[list[Image.Image], list[str] | None]:
-    """Sample from a shareable folder, as `open_source` says, which has the options.
+    """Sample from a shareable folder, or from several together, as `open_source` says, which has the options.
 
     first_image: the first of the images; image i alone is first_image=i, num_images=1.
 
@@ -190,7 +218,9 @@ def generate(
         UserError: what `open_source` and `sample_images` refuse.
     """
     source = open_source(
-        folder,
+        folders,
+        weights=weights,
+        unmerged=unmerged,
         class_labels=class_labels,
         prompts=prompts,
         scheduler=scheduler,
@@ -207,75 +237,15 @@ def generate(
     return images, None if source.labels is None else [source.told(i)["label"] for i in ids]
 
 
-def base_of(folder: Path, recipe: Recipe, base: str | None) -> BaseModel:
-    """The base that a folder's adapter goes on, loaded from `base` or from where the recipe says.
-
-    A folder with a whole model is its own base, but for the autoencoder of one on latents.
-
-    Raises:
-        UserError: nobody says where the base lies, or it is another than was trained on.
-    """
-    name, revision = base or recipe.model.pretrained_model_name_or_path, None if base else recipe.model.revision
-    whole = load_whole_model(folder) if holds_whole_model(folder) else None
-    if whole is not None and not whole.layout.latent:
-        return whole
-    if base is None and name.startswith("./"):
-        raise UserError(f"{folder} was trained on a base in a local folder. Say where it lies: --base PATH/{name[2:]}")
-    loaded = load_base(name, revision) if whole is None else with_autoencoder(whole, name, revision)
-    check_base(loaded, folder)
-    return loaded
-
-
-def with_autoencoder(model: BaseModel, name: str, revision: str | None) -> BaseModel:
-    """A net on latents, with the autoencoder of the base `name`.
-
-    Raises:
-        UserError: that base has none, or one that does not fit.
-    """
-    vae = load_autoencoder(find_folder(name, revision), name)
-    if vae is None:
-        raise UserError(
-            f"--base {name}: this model draws latents, and no autoencoder lies there. Give the base it was trained on."
-        )
-    whole = replace(model, vae=vae, name=name)
-    check_fit(whole)
-    return whole
-
-
-def check_base(base: BaseModel, folder: Path) -> None:
-    """The base must be the one that the certificate names. Without privacy there is no certificate to ask.
-
-    Of a whole model only the autoencoder comes from elsewhere.
-
-    Raises:
-        UserError: its weights are others, or those of its autoencoder or text encoders.
-    """
-    if not (folder / FILE_NAME).is_file():
-        return
-    trained_on = certificate.read(folder)["base"]
-    found = {
-        "sha256": ("weights", base.sha256),
-        "parts_sha256": ("an autoencoder or text encoders", base.parts_digest),
-    }
-    if holds_whole_model(folder):
-        del found["sha256"]
-    for key, (what, own) in found.items():
-        wanted = trained_on.get(key, own)  # certificates of before have no parts_sha256
-        if wanted != own:
-            raise UserError(
-                f"{folder} was trained on {trained_on['name']} with {what} {(wanted or 'none')[:12]}, but {base.name} "
-                f"has {(own or 'none')[:12]}. Give the right one with --base."
-            )
-
-
 def class_indices(names: Sequence[str], wanted: Sequence[str] | None, num_images: int) -> list[int]:
     """The class of each image: the wanted names (default all) in turn.
 
     Raises:
         UserError: a name that is not among the classes.
     """
-    unknown = [name for name in wanted or () if name not in names]
+    places = {name: place for place, name in enumerate(names)}
+    unknown = [name for name in wanted or () if name not in places]
     if unknown:
         raise UserError(f"--class_labels {unknown[0]!r} is not a class of this adapter. There is: {', '.join(names)}")
-    chosen = [names.index(name) for name in wanted or names]
+    chosen = [places[name] for name in wanted or names]
     return [chosen[i % len(chosen)] for i in range(num_images)]

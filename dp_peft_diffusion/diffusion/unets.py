@@ -30,7 +30,9 @@ def unet_config(folder: Path, index: dict[str, Any], name: str) -> dict[str, Any
             f"--pretrained_model_name_or_path {name!r}{pipeline} is no base of this version: it trains "
             f"{' and '.join(UNETS)}, and {found}. Choose a base with such a UNet."
         )
-    wants = [key for key in ("encoder_hid_dim_type", "class_embed_type", "time_cond_proj_dim") if config.get(key)]
+    wants = [key for key in ("class_embed_type", "time_cond_proj_dim") if config.get(key)]
+    if config.get("encoder_hid_dim_type") not in (None, "text_proj"):
+        wants.append("encoder_hid_dim_type")
     if config.get("addition_embed_type") not in (None, "text_time"):
         wants.append("addition_embed_type")
     if kind == "UNet2DConditionModel" and config.get("num_class_embeds"):

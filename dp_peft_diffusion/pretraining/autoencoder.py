@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 
 from dp_peft_diffusion.diffusion.grids import image_grid
 from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.pretraining.characters import Characters
 from dp_peft_diffusion.pretraining.folder import AUTOENCODER, to_bytes, write_readme
 from dp_peft_diffusion.pretraining.images import PublicImages
 from dp_peft_diffusion.pretraining.networks import build_autoencoder, encode
@@ -27,7 +28,7 @@ class Reconstruction:
 
     def __init__(self, recipe: PretrainRecipe, device: torch.device):
         self.recipe, self.device = recipe, device
-        self.images = PublicImages(recipe)
+        self.images = open_images(recipe)
         self.trained = build_autoencoder(recipe).to(device)
 
     def loss(self, generator: torch.Generator) -> torch.Tensor:
@@ -57,7 +58,12 @@ class Reconstruction:
         return self.images.read(torch.arange(count) % len(self.images)).to(self.device)
 
 
-def scaling_factor(vae: AutoencoderKL, images: PublicImages) -> float:
+def open_images(recipe: PretrainRecipe) -> PublicImages | Characters:
+    """The recipe's images: characters that change at random, or images as they are."""
+    return Characters(recipe) if recipe.characters else PublicImages(recipe)
+
+
+def scaling_factor(vae: AutoencoderKL, images: PublicImages | Characters) -> float:
     """One over the standard deviation of latents (Rombach et al. 2022, appendix G), of PUBLIC images spread evenly."""
     count = min(len(images), IMAGES_FOR_SCALE)
     ids = torch.arange(count) * len(images) // count
@@ -81,4 +87,5 @@ def load_autoencoder(name: str) -> AutoencoderKL:
         vae = AutoencoderKL.from_pretrained(folder, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(f"--vae {name!r} could not be opened as a diffusers AutoencoderKL: {error}") from error
+    vae.register_to_config(_name_or_path="")  # where it lies here is nobody's business once it is in a base
     return vae.requires_grad_(False).eval()

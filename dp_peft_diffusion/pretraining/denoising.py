@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 
 from dp_peft_diffusion.diffusion.base_model import BaseLayout
 from dp_peft_diffusion.diffusion.objectives import Objective, make_objective
@@ -37,10 +37,12 @@ class Denoising:
     def loss(self, generator: torch.Generator) -> torch.Tensor:
         """Mean denoising loss of one batch."""
         images, labels = self.images.draw(generator)
-        if labels is not None:
+        told = {}
+        if self.images.num_classes:
             dropped = torch.rand(len(labels), generator=generator) < self.recipe.label_dropout
-            labels = labels.masked_fill(dropped, self.images.num_classes).to(self.device)
-        return denoising_loss(self.trained, self.objective, self.encode(images.to(self.device)), labels, generator)
+            told = {"class_labels": labels.masked_fill(dropped, self.images.num_classes).to(self.device)}
+        clean = self.encode(images.to(self.device))
+        return denoising_loss(self.trained, self.objective, clean, generator, **told)
 
     def export(self, ema: dict[str, torch.Tensor], output_dir: Path) -> None:
         """Write the averaged weights as a base, and a grid of its samples."""
@@ -69,18 +71,22 @@ class Denoising:
 
 
 def denoising_loss(
-    unet: UNet2DModel,
+    unet: UNet2DModel | UNet2DConditionModel,
     objective: Objective,
     clean: torch.Tensor,  # (b, c, h, w)
-    class_labels: torch.Tensor | None,  # (b,) rows of the class table, or the rows themselves
     generator: torch.Generator,
+    **conditions: torch.Tensor,
 ) -> torch.Tensor:
-    """Mean loss of a batch, with one draw of noise and noise level for each image."""
+    """Mean loss of a batch, with one draw of noise and noise level for each image.
+
+    conditions: what the net is told besides: class_labels (b,), rows of the class table or the rows themselves, or
+        encoder_hidden_states (b, T, D).
+    """
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
     levels = draw_levels(objective, len(clean), generator).to(clean.device)
 
     def predict(noisy: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-        return unet(noisy, times, class_labels=class_labels).sample
+        return unet(noisy, times, **conditions).sample
 
     return objective.losses(predict, clean[:, None], noise[:, None], levels).mean()
 

@@ -3,14 +3,16 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, EDMEulerScheduler, UNet2DModel
+from diffusers import AutoencoderKL, DDPMScheduler, EDMEulerScheduler, StableDiffusionPipeline, UNet2DModel
 
 from dp_peft_diffusion.diffusion.base_model import BaseLayout, load_base, save_base
 from dp_peft_diffusion.diffusion.grids import image_grid
 from dp_peft_diffusion.diffusion.samplers import sample_images
+from dp_peft_diffusion.pretraining.vocabulary import write_vocabulary
 from dp_peft_diffusion.recipe import PATH_TO_IMAGES, PretrainRecipe
 
 BASE, AUTOENCODER = "base", "vae"  # sub-folders of the output folder
+GUIDANCE = 2.0  # of the grid of a base with prompts
 README = """# Made by `dp-peft pretrain`: NOT private
 
 These weights were trained on {images}, taken as PUBLIC images, without any protection. Whoever has the weights may find
@@ -46,16 +48,39 @@ def write_base(
     image_grid(images, columns=8).save(output_dir / "samples.png")
 
 
+def write_pipeline(
+    recipe: PretrainRecipe,
+    output_dir: Path,
+    pipeline: StableDiffusionPipeline,
+    pictures: torch.Tensor,  # (n, c, side, side) uint8
+    captions: list[str],  # of the pictures
+    device: torch.device,
+) -> None:
+    """Write a base with prompts, read it back as its users will, and draw a grid: images above samples of theirs."""
+    folder = output_dir / BASE
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    write_vocabulary(folder / "tokenizer", pipeline.tokenizer)
+    write_readme(folder, recipe)
+    base = load_base(str(folder)).to(device)
+    assert base.text is not None  # as it was written
+    conditions = base.text.encode(captions)
+    samples = sample_images(base, conditions, num_images=len(captions), seed=0, guidance_scale=GUIDANCE, device=device)
+    pairs = torch.stack([pictures.view(-1, 8, *pictures.shape[1:]), samples.view(-1, 8, *samples.shape[1:])], 1)
+    image_grid(pairs.flatten(0, 2), columns=8).save(output_dir / "samples.png")
+
+
 def write_readme(folder: Path, recipe: PretrainRecipe) -> None:
     """Say in the folder itself what it must not be taken for."""
     images = Path(recipe.dataset_name).name  # not where it lay on somebody's machine
     size = f"{recipe.resolution} x {recipe.resolution} {'grey' if recipe.image_channels == 1 else 'colour'} images"
     if recipe.kind == "autoencoder":
         what, channels = f"an autoencoder of {size}", recipe.image_channels
+        kind = "captions --characters" if recipe.characters else "latent"
         shape = f"--resolution {recipe.resolution} --image_channels {channels}"
-        follow = f"dp-peft pretrain --kind latent --vae THIS_FOLDER --dataset_name PATH_TO_PUBLIC_IMAGES {shape}"
+        follow = f"dp-peft pretrain --kind {kind} --vae THIS_FOLDER --dataset_name PATH_TO_PUBLIC_IMAGES {shape}"
     else:
-        what, given = f"a UNet that draws {size}", f"--dataset_name {PATH_TO_IMAGES} --epsilon 1"
+        net = "a StableDiffusionPipeline" if recipe.kind == "captions" else "a UNet"
+        what, given = f"{net} that draws {size}", f"--dataset_name {PATH_TO_IMAGES} --epsilon 1"
         follow = f"dp-peft train --pretrained_model_name_or_path THIS_FOLDER {given}"
     (folder / "README.md").write_text(README.format(images=images, what=what, next=follow))
 

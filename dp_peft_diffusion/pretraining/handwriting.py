@@ -8,11 +8,11 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from dp_peft_diffusion.diffusion.base_model import BaseLayout
-from dp_peft_diffusion.diffusion.glyphs import DIHEDRAL, augment, crop_glyph
+from dp_peft_diffusion.diffusion.glyphs import DIHEDRAL
 from dp_peft_diffusion.diffusion.objectives import make_objective
+from dp_peft_diffusion.pretraining.characters import Characters
 from dp_peft_diffusion.pretraining.denoising import denoising_loss
 from dp_peft_diffusion.pretraining.folder import BASE, write_base
-from dp_peft_diffusion.pretraining.images import class_numbers, open_public
 from dp_peft_diffusion.pretraining.networks import build_scheduler, build_unet
 from dp_peft_diffusion.recipe import PretrainRecipe
 
@@ -56,12 +56,11 @@ class Handwriting:
 
     def __init__(self, recipe: PretrainRecipe, device: torch.device):
         self.recipe, self.device = recipe, device
-        self.glyphs, self.characters = load_glyphs(recipe)
-        self.num_classes = DIHEDRAL * (int(self.characters.max()) + 1)
+        self.images = Characters(recipe)
         self.scheduler = build_scheduler(recipe)
         self.objective = make_objective(self.scheduler)
         unet = self._new_unet()
-        first = initial_codes(self.glyphs, self.characters, recipe.class_code_rank)
+        first = initial_codes(self.images.glyphs, self.images.labels, recipe.class_code_rank)
         codes = ClassCodes(first, unet.class_embedding.embedding_dim)
         unet.class_embedding = nn.Identity()  # rows come from `codes` while training
         self.trained = nn.ModuleDict({"unet": unet, "codes": codes}).to(device)
@@ -69,19 +68,16 @@ class Handwriting:
     def loss(self, generator: torch.Generator) -> torch.Tensor:
         """Mean denoising loss of one batch of augmented characters."""
         recipe, b = self.recipe, self.recipe.train_batch_size
-        picked = torch.randint(len(self.glyphs), (b,), generator=generator)
-        turns = torch.randint(DIHEDRAL, (b,), generator=generator)
-        images = augment(self.glyphs[picked], turns, recipe.resolution, generator)
+        images, classes = self.images.draw(generator)
         clean = nn.functional.pixel_unshuffle(images, recipe.pixel_packing).to(self.device)
         dropped = torch.rand(b, generator=generator) < recipe.label_dropout
         code_noise = torch.randn(b, recipe.class_code_rank, generator=generator)
-        classes = DIHEDRAL * self.characters[picked] + turns
         rows = self.trained["codes"](*(tensor.to(self.device) for tensor in (classes, dropped, code_noise)))
-        return denoising_loss(self.trained["unet"], self.objective, clean, rows, generator)
+        return denoising_loss(self.trained["unet"], self.objective, clean, generator, class_labels=rows)
 
     def export(self, ema: dict[str, torch.Tensor], output_dir: Path) -> None:
         """Write the averaged weights as a base, and a grid of its samples."""
-        recipe, null, unet = self.recipe, self.num_classes, self._new_unet()
+        recipe, null, unet = self.recipe, self.images.num_classes, self._new_unet()
         codes = ClassCodes(torch.zeros(null, recipe.class_code_rank), unet.class_embedding.embedding_dim)
         codes.load_state_dict({n.removeprefix("codes."): ema[n] for n in ema if n.startswith("codes.")})
         weights = {n.removeprefix("unet."): ema[n] for n in ema if n.startswith("unet.")}
@@ -93,18 +89,7 @@ class Handwriting:
     def _new_unet(self) -> UNet2DModel:
         recipe = self.recipe
         side, channels = recipe.resolution // recipe.pixel_packing, recipe.pixel_packing**2
-        return build_unet(recipe, side, channels, self.num_classes + 1 + recipe.spare_classes)
-
-
-def load_glyphs(recipe: PretrainRecipe) -> tuple[torch.Tensor, torch.Tensor]:
-    """All characters, cropped: ((n, 1, CANVAS, CANVAS) uint8, (n,) labels).
-
-    Raises:
-        UserError: no such data set or column, or labels that are no numbers.
-    """
-    rows = open_public(recipe)
-    images = [crop_glyph(image, recipe.invert) for image in rows[recipe.image_column]]
-    return torch.stack(images), class_numbers(rows, str(recipe.label_column))
+        return build_unet(recipe, side, channels, self.images.num_classes + 1 + recipe.spare_classes)
 
 
 def initial_codes(glyphs: torch.Tensor, characters: torch.Tensor, rank: int) -> torch.Tensor:

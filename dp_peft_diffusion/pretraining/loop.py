@@ -12,12 +12,13 @@ from tqdm import tqdm
 
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.pretraining.autoencoder import Reconstruction
+from dp_peft_diffusion.pretraining.captions import Captions
 from dp_peft_diffusion.pretraining.checkpoints import resume, write_checkpoint
 from dp_peft_diffusion.pretraining.denoising import Denoising
 from dp_peft_diffusion.pretraining.handwriting import Handwriting
 from dp_peft_diffusion.recipe import PretrainRecipe, to_yaml
 
-Task = Handwriting | Denoising | Reconstruction  # what trains, its loss, and what it leaves behind
+Task = Handwriting | Denoising | Reconstruction | Captions  # what trains, its loss, and what it leaves behind
 
 
 def pretrain(recipe: PretrainRecipe, output_dir: Path) -> Path:
@@ -57,9 +58,8 @@ def pretrain(recipe: PretrainRecipe, output_dir: Path) -> Path:
 
 def make_task(recipe: PretrainRecipe, device: torch.device) -> Task:
     """The recipe's kind of pretraining, on `device`."""
-    if recipe.kind == "handwriting":
-        return Handwriting(recipe, device)
-    return Reconstruction(recipe, device) if recipe.kind == "autoencoder" else Denoising(recipe, device)
+    kinds: dict[str, type[Task]] = {"handwriting": Handwriting, "autoencoder": Reconstruction, "captions": Captions}
+    return kinds.get(recipe.kind, Denoising)(recipe, device)
 
 
 def update(recipe: PretrainRecipe, task: Task, optimizer: torch.optim.Optimizer, step: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ from dp_peft_diffusion.privacy.model_files import (
     check_weights,
     read_base,
 )
-from dp_peft_diffusion.privacy.strict_form import text
+from dp_peft_diffusion.privacy.strict_form import or_none, text
 from dp_peft_diffusion.privacy.untrusted import read_json, safetensors_header
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -63,6 +63,19 @@ def read_adapter(folder: Path) -> AdapterFiles:
     return AdapterFiles(config, frozenset(shapes), adapter_layers(config, shapes))
 
 
+def check_weights_of(folder: Path) -> None:
+    """The weights of a shareable folder, an adapter or a whole model, have the form that we write. No base is needed.
+
+    Raises:
+        UserError: there are none.
+        PrivacyError: the files say what we never write.
+    """
+    if holds_whole_model(folder):
+        check_model(folder)
+    else:
+        read_adapter(folder)
+
+
 def check_adapter(folder: Path, base: Path | None = None) -> str:
     """Check the weights of a shareable folder, and that they fit the base that privacy.json names.
 
@@ -84,7 +97,8 @@ def check_adapter(folder: Path, base: Path | None = None) -> str:
         adapter, shapes = read_adapter(folder), {}
         kind, layers = adapter.config["peft_type"], len(adapter.layers.layers)
         about = f"{kind} on {layers} layers in {len(adapter.tensors)} tensors, all finite"
-    name, sha256 = _certified_base(folder)
+    certified = certified_base(folder) or {"name": "which no certificate names", "sha256": None}
+    name, sha256 = str(certified["name"]), certified["sha256"]
     if name.startswith(FROM_SCRATCH):
         if adapter is not None:
             raise PrivacyError(f"{FILE_NAME} says that an adapter was trained from scratch. It needs a base.")
@@ -108,17 +122,24 @@ def check_adapter(folder: Path, base: Path | None = None) -> str:
     return f"{about}. Fits {found.name if base else name}, {fingerprint}."
 
 
-def _certified_base(folder: Path) -> tuple[str, str | None]:
-    """Name and fingerprint of the base by privacy.json; without privacy there is none to ask."""
+def certified_base(folder: Path) -> dict[str, str | None] | None:
+    """`base` of privacy.json: its name, its sha256, and parts_sha256 where the certificate says it.
+
+    None without a certificate, that is without privacy. The rest of the certificate is not looked at: `verify` does.
+
+    Raises:
+        PrivacyError: the certificate names no base.
+    """
     if not (folder / FILE_NAME).is_file():
-        return "which no certificate names", None
+        return None
     document = read_json(folder / FILE_NAME)
     base = document.get("base") if isinstance(document, dict) else None
     if not isinstance(base, dict) or not text(r"[^\x00-\x1f\x7f]{1,1000}")(base.get("name")):
         raise PrivacyError(f"{FILE_NAME} names no base.")
-    if not text("[0-9a-f]{64}")(base.get("sha256")):
+    digest = text("[0-9a-f]{64}")
+    if not digest(base.get("sha256")) or not or_none(digest)(base.get("parts_sha256")):
         raise PrivacyError(f"{FILE_NAME} has no SHA-256 of the base.")
-    return base["name"], base["sha256"]
+    return {key: base[key] for key in ("name", "sha256", "parts_sha256") if key in base}
 
 
 def _base_folder(name: str, given: Path | None) -> Path | None:

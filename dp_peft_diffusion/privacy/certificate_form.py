@@ -27,7 +27,8 @@ MODEL_FILES = (  # where the whole net trained
     "dp_peft_base.json",
     "recipe.yaml",
 )
-ALSO_HASHED = ("pytorch_lora_weights.safetensors", "README.md")
+LORA_FILE = "pytorch_lora_weights.safetensors"  # by this name diffusers looks for it
+ALSO_HASHED = (LORA_FILE, "README.md", "report.html")
 COVERS = [
     "the weights in this folder",
     "every image sampled from them, those in samples/ included",
@@ -48,6 +49,8 @@ KEY_FATE = (
     "What became of the key after export is declared by whoever trained. A deleted key may live on: neither "
     "solid-state drives nor backups forget."
 )
+# A commit, branch or tag. huggingface_hub looks for a file of this name in its cache: nothing here may lead out of it.
+REVISION = r"(?=.{1,200}\Z)[A-Za-z0-9][A-Za-z0-9._\-]*(/[A-Za-z0-9][A-Za-z0-9._\-]*)*"
 NOT_CHOSEN = "The parameters of each release were fixed without looking at the releases that are composed with it."
 
 _SHA256 = text("[0-9a-f]{64}")
@@ -110,7 +113,7 @@ _PUBLIC: dict[str, Rule] = {
 }
 _BASE: dict[str, Rule] = {
     "name": text(r"(?s).{1,1000}"),
-    "revision": or_none(text(r"(?s).{1,200}")),
+    "revision": or_none(text(REVISION)),
     "sha256": _SHA256,
     "parts_sha256": or_none(_SHA256),
 }

@@ -7,9 +7,10 @@ from typing import Any
 
 from dp_peft_diffusion.errors import PrivacyError, UserError
 from dp_peft_diffusion.privacy.adapter_files import check_adapter
-from dp_peft_diffusion.privacy.certificate_form import ADAPTER_FILES, ALSO_HASHED, MODEL_FILES
+from dp_peft_diffusion.privacy.certificate_form import ADAPTER_FILES, ALSO_HASHED, LORA_FILE, MODEL_FILES
 from dp_peft_diffusion.privacy.composition import promise_of
 from dp_peft_diffusion.privacy.cross_check import cross_check
+from dp_peft_diffusion.privacy.lora_files import check_lora_file
 from dp_peft_diffusion.privacy.promise import guarantee, statement
 from dp_peft_diffusion.privacy.ranges import round_up
 from dp_peft_diffusion.privacy.untrusted import file_names, safetensors_header, sha256_of
@@ -33,11 +34,13 @@ def _check_files(folder: Path, document: dict[str, Any]) -> str:
 
 
 def _check_weights(folder: Path, document: dict[str, Any]) -> str:
-    counts = []
-    for name in document["sha256"]:
-        if name.endswith(".safetensors"):
-            counts.append(f"{name} holds {len(safetensors_header(folder / name).tensors)} tensors")
-    return f"{'; '.join(counts)}, well formed, without other metadata."
+    names = [name for name in document["sha256"] if name.endswith(".safetensors") and name != LORA_FILE]
+    counts = [f"{name} holds {len(safetensors_header(folder / name).tensors)} tensors" for name in names]
+    told = f"{'; '.join(counts)}, well formed, without other metadata."
+    if LORA_FILE not in document["sha256"]:
+        return told
+    count = check_lora_file(folder, document)
+    return f"{told} {LORA_FILE} holds the same {count}, bit for bit, and says what the other files say."
 
 
 def _check_adapter(folder: Path, document: dict[str, Any]) -> str:

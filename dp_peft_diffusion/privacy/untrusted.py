@@ -22,6 +22,7 @@ import numpy.typing as npt
 from dp_peft_diffusion.errors import PrivacyError
 
 MAX_TEXT_BYTES = 1 << 20
+MAX_PAGE_BYTES = 8 << 20  # of an HTML page, with the pictures in it
 MAX_ADAPTER_BYTES = 256 << 20
 MAX_MODEL_BYTES = 2 << 30  # of a file of the name below, which holds a whole model
 MODEL_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -94,7 +95,7 @@ def sha256_of(path: Path) -> str:
 def byte_limit(path: Path) -> int:
     """The size in bytes above which a file of this name is not opened."""
     if path.suffix != ".safetensors":
-        return MAX_TEXT_BYTES
+        return MAX_PAGE_BYTES if path.suffix == ".html" else MAX_TEXT_BYTES
     return MAX_MODEL_BYTES if path.name == MODEL_WEIGHTS else MAX_ADAPTER_BYTES
 
 

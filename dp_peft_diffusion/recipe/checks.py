@@ -162,14 +162,21 @@ def _check_together(recipe: Recipe) -> None:
 
 # Options of pretraining that only some kinds have; elsewhere they would say something and do nothing.
 _ONLY_OF = {
-    "vae": ("latent",),
+    "vae": ("latent", "captions"),
     "latent_channels": ("autoencoder",),
     "kl_weight": ("autoencoder",),
-    "invert": ("handwriting",),
-    "class_code_rank": ("handwriting",),
+    "characters": ("autoencoder", "captions"),
+    "invert": ("handwriting", "autoencoder", "captions"),
+    "class_code_rank": ("handwriting", "captions"),
     "pixel_packing": ("handwriting", "pixel"),
-    "center_crop": ("pixel", "autoencoder", "latent"),
-    "random_flip": ("pixel", "autoencoder", "latent"),
+    "center_crop": ("pixel", "autoencoder", "latent", "captions"),
+    "random_flip": ("pixel", "autoencoder", "latent", "captions"),
+    "caption_column": ("captions",),
+    "prompt_template": ("captions",),
+    "spare_words": ("captions",),
+    "text_width": ("captions",),
+    "text_layers": ("captions",),
+    "text_tokens": ("captions",),
 }
 
 
@@ -184,14 +191,40 @@ def _check_pretraining(recipe: PretrainRecipe) -> None:
             )
     if recipe.image_channels == 2:
         raise UserError("--image_channels 2 (image_channels in a recipe): images are grey or colour. Type 1 or 3.")
-    if recipe.kind == "latent" and recipe.vae is None:
+    if recipe.kind in ("latent", "captions") and recipe.vae is None:
         raise UserError(
-            "--kind latent needs the autoencoder whose latents the UNet learns: --vae PATH (vae in a recipe). "
+            f"--kind {recipe.kind} needs the autoencoder whose latents the UNet learns: --vae PATH (vae in a recipe). "
             "`dp-peft pretrain --kind autoencoder` makes one."
         )
-    if recipe.kind == "handwriting" and (recipe.label_column is None or recipe.image_channels != 1):
-        raise UserError("--kind handwriting takes grey characters with labels. Type --image_channels 1, and a column.")
+    if recipe.kind == "captions":
+        _check_captions(recipe)
+    _check_characters(recipe)
     _check_sizes(recipe)
+
+
+def _check_captions(recipe: PretrainRecipe) -> None:
+    """Every image needs a caption, and the text encoder whole heads."""
+    if recipe.label_column is None and recipe.caption_column is None:
+        raise UserError("--kind captions needs words for the images. Give --caption_column, or --label_column.")
+    if recipe.prompt_template.count("{label}") != 1 or recipe.caption_column and recipe.prompt_template != "{label}":
+        raise UserError(
+            f"--prompt_template {recipe.prompt_template!r} (prompt_template in a recipe) makes captions of labels, and "
+            "holds {label} once. Type for example 'a photo of {label}', or leave it out where captions have a column."
+        )
+    if recipe.text_width % 16:
+        raise UserError(f"--text_width {recipe.text_width} (text_width in a recipe) is no multiple of 16. Type 64.")
+
+
+def _check_characters(recipe: PretrainRecipe) -> None:
+    """What goes with grey characters, and what without."""
+    written = recipe.kind == "handwriting" or recipe.characters
+    flag = "--kind handwriting" if recipe.kind == "handwriting" else "--characters"
+    if written and (recipe.label_column is None or recipe.image_channels != 1 or recipe.caption_column is not None):
+        raise UserError(f"{flag} takes grey characters with labels. Type --image_channels 1, and a --label_column.")
+    if recipe.invert and not written:
+        raise UserError("--invert (invert in a recipe) belongs to --characters. Add it, or leave both out.")
+    if recipe.characters and (recipe.center_crop or recipe.random_flip):
+        raise UserError("--characters cuts and mirrors on its own. Leave --center_crop and --random_flip out.")
 
 
 def _check_sizes(recipe: PretrainRecipe) -> None:
@@ -214,7 +247,7 @@ def _check_sizes(recipe: PretrainRecipe) -> None:
             f"widths that have attention: {','.join(map(str, sorted(with_heads)))}. Change one of them."
         )
     halvings = 2 ** (len(widths) - 1)
-    if recipe.kind != "latent" and recipe.resolution % (recipe.pixel_packing * halvings):
+    if recipe.kind not in ("latent", "captions") and recipe.resolution % (recipe.pixel_packing * halvings):
         raise UserError(
             f"--resolution {recipe.resolution} (resolution in a recipe) is not a multiple of "
             f"{recipe.pixel_packing * halvings}: --pixel_packing {recipe.pixel_packing} divides it, and each level but "

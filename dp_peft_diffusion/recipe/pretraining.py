@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from dp_peft_diffusion.recipe.sections import MAX_SEED, PREDICTION_TYPES
+from dp_peft_diffusion.recipe.sections import MAX_SEED, MAX_TEXT, PREDICTION_TYPES
 from dp_peft_diffusion.typed_fields import option
 
-PRETRAIN_KINDS = ("handwriting", "pixel", "autoencoder", "latent")
+PRETRAIN_KINDS = ("handwriting", "pixel", "autoencoder", "latent", "captions")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
@@ -14,18 +14,25 @@ class PretrainRecipe:
     """Every choice of pretraining a base on public images."""
 
     kind: str = option(
-        "pixel", choices=PRETRAIN_KINDS, help="what is made: a UNet on pixels, an autoencoder, or a UNet on its latents"
+        "pixel",
+        choices=PRETRAIN_KINDS,
+        help="what is made: a UNet on pixels, an autoencoder, a UNet on its latents, or one on them with prompts",
     )
     dataset_name: str = option(help="PUBLIC images: a folder, parquet files, a Hub name")
     split: str = option("train", help="split of the data set")
     image_column: str = option("image", help="column of the images")
     label_column: str | None = option("label", help="column of the labels; none trains without classes")
+    caption_column: str | None = option(None, help="of captions: column of the captions, in place of labels")
+    prompt_template: str = option("{label}", help="of captions: the caption of a class")
     center_crop: bool = option(False, help="cut the middle square out instead of resizing the whole image")
     random_flip: bool = option(False, help="mirror half of the images, left to right")
-    invert: bool = option(False, help="of handwriting: the images are dark on light; the base learns light on dark")
+    characters: bool = option(
+        False, help="of autoencoder and captions: the images are characters, changed at random as for handwriting"
+    )
+    invert: bool = option(False, help="of characters: the images are dark on light; the base learns light on dark")
     resolution: int = option(32, at_least=8, help="side of the images in pixels")
     image_channels: int = option(3, at_least=1, below=4, help="3: colour, 1: grey")
-    vae: str | None = option(None, help="of latent: the folder of an autoencoder")
+    vae: str | None = option(None, help="of latent and captions: the folder of an autoencoder")
     pixel_packing: int = option(1, at_least=1, help="side of the pixel blocks folded into channels")
     latent_channels: int = option(3, at_least=1, help="of autoencoder: channels of its latents")
     kl_weight: float = option(1e-6, at_least=0, help="of autoencoder: weight of KL beside the summed error")
@@ -39,8 +46,16 @@ class PretrainRecipe:
     scale_shift_norm: bool = option(False, help="of a UNet: the noise level scales features, besides shifting them")
     resblock_updown: bool = option(False, help="of a UNet: residual blocks between levels, in place of convolutions")
     dropout: float = option(0.0, at_least=0, below=1, help="of a UNet, while pretraining")
-    class_code_rank: int = option(16, at_least=1, help="of handwriting: dimensions of the class table")
+    class_code_rank: int = option(
+        16, at_least=1, help="of handwriting: dimensions of the class table; of captions: of what the UNet is told"
+    )
     spare_classes: int = option(64, at_least=0, help="free rows of the class table, for private classes")
+    spare_words: tuple[str, ...] | None = option(
+        None, longest=MAX_TEXT, help="of captions: further words that are one token, without a meaning yet"
+    )
+    text_width: int = option(64, at_least=16, help="of captions: width of the text encoder, a multiple of 16")
+    text_layers: int = option(2, at_least=1, help="of captions: layers of the text encoder")
+    text_tokens: int = option(24, at_least=4, help="of captions: longest prompt")
     prediction_type: str = option("v_prediction", choices=PREDICTION_TYPES, help="what the UNet predicts")
     beta_schedule: str = option("squaredcos_cap_v2", choices=BETA_SCHEDULES, help="noise of each timestep; not of edm")
     beta_start: float = option(0.0001, above=0, below=1, help="of linear and scaled_linear: variance added at first")

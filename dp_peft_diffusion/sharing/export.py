@@ -1,29 +1,33 @@
 """The shareable folder: stock peft or diffusers files, recipe, certificate, card; checked by loading them again."""
 
-import copy
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
-import torch
+from diffusers.loaders import PeftAdapterMixin
 from safetensors import SafetensorError
 
-from dp_peft_diffusion.diffusion.adapters import Adapter, load_adapter, load_whole_model, to_peft, whole_model
-from dp_peft_diffusion.diffusion.base_model import BaseModel, load_base, save_base
+from dp_peft_diffusion.diffusion.adapters import Adapter, to_peft, whole_model
+from dp_peft_diffusion.diffusion.base_model import BaseModel, save_base
 from dp_peft_diffusion.diffusion.class_rows import without_spares
 from dp_peft_diffusion.diffusion.conditions import ConditionTable
-from dp_peft_diffusion.errors import PrivacyError, RunError, UserError
+from dp_peft_diffusion.errors import RunError
 from dp_peft_diffusion.privacy import adapter_form, certificate, model_files
-from dp_peft_diffusion.privacy.adapter_files import holds_whole_model
+from dp_peft_diffusion.privacy.adapter_files import read_adapter
+from dp_peft_diffusion.privacy.certificate_form import LORA_FILE
+from dp_peft_diffusion.privacy.lora_files import diffusers_takes
 from dp_peft_diffusion.privacy.model_files import FROM_SCRATCH
 from dp_peft_diffusion.privacy.promise import Promise
+from dp_peft_diffusion.privacy.untrusted import sha256_of
 from dp_peft_diffusion.recipe import PATH_TO_IMAGES, Recipe, to_yaml
 from dp_peft_diffusion.sharing.card import render_card
+from dp_peft_diffusion.sharing.reloading import check_reload
+from dp_peft_diffusion.sharing.report import render_report
+from dp_peft_diffusion.sharing.stock_files import write_lora_file
 
 DATA_PLACEHOLDER = PATH_TO_IMAGES
 NOT_PRIVATE = "This adapter was trained WITHOUT privacy (`--no_privacy`), for comparison. Do not share it.\n"
-ROWS = 64  # conditions that the re-loaded adapter is tried on
-TOLERANCE = 1e-5  # largest difference of outputs between the trained and the re-loaded adapter
 
 
 def export(
@@ -45,19 +49,23 @@ def export(
     key_source, key_after_export: as `certificate.certificate` takes them.
 
     Raises:
-        RunError: the files, loaded again, do not give back the trained adapter.
+        RunError: the files, loaded again with stock tools, do not give back the trained adapter.
     """
     write_weights(base, adapter, folder)
     recipe = shareable_recipe(recipe)
     (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
-    check_reload(base, recipe.model.from_scratch, adapter.unet, conditions, folder)
-    if promise is None:
+    facts = None
+    if promise is not None:
+        facts = certify(folder, recipe, base, promise, gamma_source, key_source, key_after_export)
+        write_other_files(base, adapter, folder, facts)
+    print(check_reload(base, adapter, conditions, folder, facts).sentence, file=sys.stderr)
+    if facts is None:
         (folder / "README.md").write_text(NOT_PRIVATE)
         return None
-    facts = certify(folder, recipe, base, promise, gamma_source, key_source, key_after_export)
     grids = sorted((path.name for path in (folder / "samples").glob("step-*.png")), key=lambda name: (len(name), name))
     card = render_card(facts, recipe, base, grids[-1])
     (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "report.html").write_text(render_report(folder, facts, recipe, base), encoding="utf-8")
     return certificate.write(folder, facts)
 
 
@@ -151,12 +159,24 @@ def write_weights(base: BaseModel, adapter: Adapter, folder: Path) -> None:
         ) from error
 
 
+def write_other_files(base: BaseModel, adapter: Adapter, folder: Path, document: dict) -> None:
+    """The adapter once more in the file of diffusers' own loader, where network and adapter are such that it loads.
+
+    document: the certificate, whose promise the file says, and which then lists the file.
+    """
+    has_loader = adapter.config is not None and isinstance(base.unet, PeftAdapterMixin)
+    if has_loader and diffusers_takes(read_adapter(folder).config):
+        write_lora_file(folder, document)
+        document["sha256"][LORA_FILE] = sha256_of(folder / LORA_FILE)
+
+
 def write_adapter(base: BaseModel, adapter: Adapter, folder: Path) -> None:
     """adapter_config.json and adapter_model.safetensors, as stock peft writes them, names sorted.
 
     Keys of a newer peft are left out, since a reader of strangers' files could not tell what they do.
     """
     to_peft(base, adapter).save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's card, which names where the base lies on this machine
     path = folder / adapter_form.CONFIG_FILE
     config = json.loads(path.read_text())
     config = {key: value for key, value in config.items() if key in adapter_form.FORMS[config["peft_type"]]}
@@ -175,70 +195,3 @@ def write_model(base: BaseModel, adapter: Adapter, folder: Path) -> None:
         # Not "_name_or_path", where the base lay on this machine, nor anything else that the base's config brought.
         config = {key: value for key, value in json.loads(path.read_text()).items() if key in form}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def check_reload(
-    base: BaseModel, from_scratch: bool, unet: torch.nn.Module, conditions: ConditionTable, folder: Path
-) -> float:
-    """Load the folder with stock peft on a fresh base, or with diffusers; return how far it moves the outputs.
-
-    This is invariant 14.
-
-    Raises:
-        RunError: the re-loaded weights answer differently from the trained one, or does nothing.
-    """
-    fresh = copy.deepcopy(base.unet).cpu() if from_scratch else load_again(base)
-    before = outputs(base, fresh, conditions)
-    after = outputs(base, stock_model(fresh, folder), conditions)
-    del fresh  # one network of the size of the base at a time
-    trained = outputs(base, copy.deepcopy(unet).cpu(), conditions)
-    difference, change = (after - trained).abs().max().item(), (after - before).abs().max().item()
-    if not difference <= TOLERANCE * max(1.0, trained.abs().max().item()):
-        raise RunError(f"the exported weights, loaded with stock tools, differ from the trained by {difference:.3g}.")
-    if change == 0.0:
-        raise RunError("the exported weights change nothing: no step moved them. Try a larger --learning_rate.")
-    return change
-
-
-@torch.no_grad()
-def outputs(base: BaseModel, unet: torch.nn.Module, conditions: ConditionTable) -> torch.Tensor:
-    """What a network, which is turned into float64 for it, makes of made-up inputs, of up to `ROWS` conditions in turn.
-
-    In float64, on the CPU: in float32 two networks of the same weights differ by rounding, which a large adapter
-    magnifies, and a GPU may compute in TF32.
-    """
-    n, last = max(8, min(ROWS, conditions.null + 1)), conditions.null
-    x = torch.randn(n, *base.input_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    t = torch.linspace(1, base.scheduler.config.num_train_timesteps - 1, n).long()
-    rows = torch.linspace(0, last, n).round().long() if last >= n else torch.arange(n) % (last + 1)
-    told = {name: value.cpu() for name, value in conditions.take(rows).items()}
-    told = {name: value.double() if value.is_floating_point() else value for name, value in told.items()}
-    net, parts = unet.double(), []
-    for i in range(0, n, 8):
-        part = {name: value[i : i + 8] for name, value in told.items()}
-        parts.append(base.predict(net, x[i : i + 8], t[i : i + 8], part))
-    return torch.cat(parts)
-
-
-def load_again(base: BaseModel) -> torch.nn.Module:
-    """The base's network from where it lies, on the CPU.
-
-    Raises:
-        RunError: it is another one now.
-    """
-    reloaded = load_base(base.name, base.revision)
-    if reloaded.sha256 != base.sha256:
-        raise RunError(f"the base {base.name} has changed since the run began. Nothing was published.")
-    return reloaded.unet
-
-
-def stock_model(base: torch.nn.Module, folder: Path) -> torch.nn.Module:
-    """What stock peft or diffusers loads from the folder, once it is checked as a stranger's.
-
-    Raises:
-        RunError: the files would be refused.
-    """
-    try:
-        return load_whole_model(folder).unet if holds_whole_model(folder) else load_adapter(base, folder)
-    except (PrivacyError, UserError) as error:
-        raise RunError(f"the exported weights would be refused: {error} Nothing was published.") from error

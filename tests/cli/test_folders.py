@@ -1,7 +1,9 @@
 """`dp-peft sample`, `evaluate` and `inspect` on folders, with sampling itself replaced."""
 
 import json
+import shutil
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -130,9 +132,10 @@ def test_sample_passes_everything_on_and_leaves_the_rest_to_the_recipe(generatio
     assert result.exit_code == 0, result.output
     settings = dict.fromkeys(("class_labels", "scheduler", "num_inference_steps", "guidance_scale", "base"))
     settings |= {"prompts": (), "seed": 0, "batch_size": None, "dtype": torch.float32}
+    settings |= {"weights": (1.0,), "unmerged": False}
     asked = generation.asked[0][1]
     assert asked.pop("device") in ("cpu", "cuda")
-    assert generation.asked == [(adapter.folder, settings)]
+    assert generation.asked == [([adapter.folder], settings)]
     place = adapter.folder.with_name("run-samples")
     assert generation.checked == [place], "nothing is loaded for a folder that is refused"
     assert generation.written == [(place, "source", {"num_images": 3, "first_image": 0, "parquet": False})]
@@ -168,6 +171,43 @@ def test_options_of_sample_reach_what_they_are_for(generation, adapter, tmp_path
     assert (asked["num_inference_steps"], asked["guidance_scale"], asked["seed"], asked["base"]) == (9, 1.5, 4, "b")
     numbers = {"num_images": 64, "first_image": 7, "parquet": True}
     assert generation.written == [(tmp_path / "out", "source", numbers)]
+
+
+def test_several_adapters_are_sampled_together_each_at_its_weight(generation, adapter, tmp_path):
+    other = shutil.copytree(adapter.folder, tmp_path / "other")
+    recipe = load_recipe(other / "recipe.yaml", {"data.class_names": ("cow", "cat", "ant")})
+    (other / "recipe.yaml").write_text(to_yaml(recipe))
+    both = ["sample", "--adapter", adapter.folder, "--adapter", other]
+    words = ["--adapter_weight", 0.5, "--adapter-weight", -2, "--unmerged", "--class_labels", "ant,3,0"]
+    result = invoke(*both, *words)
+    assert result.exit_code == 0, result.output
+    folders, settings = generation.asked[0]
+    assert folders == [adapter.folder, other] and settings["weights"] == (0.5, -2.0) and settings["unmerged"]
+    assert settings["class_labels"] == ["ant", "cow", "cat"], "positions count through the first and then the others"
+    assert "2 --adapter and 1 --adapter_weight" in refused(*both, "--adapter_weight", 1)
+    assert "takes numbers" in refused(*both, "--adapter_weight", 1, "--adapter_weight", "nan")
+    assert len(generation.asked) == 1
+
+
+def test_an_adapter_on_the_hub_is_fetched_and_its_images_go_into_the_current_folder(
+    generation, adapter, tmp_path, monkeypatch
+):
+    from dp_peft_diffusion.sharing import hub
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "local_folder", {"somebody/digits": adapter.folder}.__getitem__)
+    assert invoke("sample", "--adapter", "somebody/digits", "--class_labels", "cat").exit_code == 0
+    assert generation.asked[0][0] == [adapter.folder] and generation.written[0][0] == Path("digits-samples")
+
+
+def test_warnings_of_a_model_are_one_line_on_stderr(generation, adapter, monkeypatch):
+    def warned(folders, **settings):
+        warnings.warn("another base", stacklevel=2)
+        return "source"
+
+    monkeypatch.setattr(generation, "open_source", warned)
+    result = invoke("sample", "--adapter", adapter.folder)
+    assert result.exit_code == 0 and "warning: another base" in result.stderr.splitlines()
 
 
 def test_sample_refuses_bad_input(generation, adapter, tmp_path):

@@ -9,8 +9,9 @@ from peft import PeftModel
 from tiny_models import tiny_base_folder, tiny_unet
 
 from dp_peft_diffusion.diffusion.adapter_kinds import KINDS
-from dp_peft_diffusion.diffusion.adapters import as_peft, inject_adapter, inject_into, merge_adapter, to_peft
+from dp_peft_diffusion.diffusion.adapters import as_peft, inject_adapter, inject_into, to_peft
 from dp_peft_diffusion.diffusion.base_model import load_base
+from dp_peft_diffusion.diffusion.merging import merge_adapter
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.gradients.clipper import PerSampleClipper
 from dp_peft_diffusion.gradients.functional import Clip, loop_clipped_sum

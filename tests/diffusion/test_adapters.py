@@ -9,17 +9,11 @@ from safetensors.torch import load_file, save_file
 from tiny_bases import BASES
 from tiny_models import tiny_base_folder
 
-from dp_peft_diffusion.diffusion.adapters import (
-    inject_adapter,
-    inject_into,
-    load_adapter,
-    load_whole_model,
-    merge_adapter,
-    to_peft,
-)
+from dp_peft_diffusion.diffusion.adapters import inject_adapter, inject_into, to_peft
 from dp_peft_diffusion.diffusion.architectures import trainable_count
 from dp_peft_diffusion.diffusion.base_model import load_base
 from dp_peft_diffusion.diffusion.class_rows import code_directions
+from dp_peft_diffusion.diffusion.merging import load_adapter, load_whole_model, merge_adapter
 from dp_peft_diffusion.errors import PrivacyError, UserError
 from dp_peft_diffusion.privacy.adapter_files import check_adapter
 from dp_peft_diffusion.recipe import ADAPTER_KINDS, Adapter
@@ -197,7 +191,7 @@ def test_wrong_tensors_are_refused(base, tmp_path, plant):
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"adapter_config\.json"):
-        load_adapter(None, tmp_path)
+        load_adapter(torch.nn.Linear(1, 1), tmp_path)
 
 
 TEXT_BASES = ("stable_diffusion_1", "stable_diffusion_xl")

@@ -16,6 +16,9 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
+from huggingface_hub import constants
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tiny_bases import BASES, tiny_unet2d, write
 from tiny_models import tiny_base_folder, tiny_unet
@@ -307,6 +310,90 @@ def test_what_is_fetched_from_the_hub_is_all_that_a_base_needs_and_no_half_preci
     for family in ("pixel_classes", "latent_vq", "stable_diffusion_xl"):
         base = load_base(f"somebody/{family}", "main")
         assert base.name == f"somebody/{family}" and base.digest == load_base(str(folders[family])).digest
+
+
+def test_no_pickle_and_no_code_of_a_base_is_ever_fetched():
+    kinds = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    kinds += ("added_tokens.json",)
+    tokenizer = [f"{part}/{name}" for part in ("tokenizer", "tokenizer_2") for name in kinds]
+    parts = ("", "unet/", "vae/", "text_encoder/", "tokenizer/", "tokenizer_2/", "tokenizer/x/", "tokenizers/")
+    hostile = ("pytorch_model.bin", "vocab.pkl", "tokenization.py", "evil.so", "model.ckpt", "a.model", "x.json.py")
+    unwanted = [part + name for part in parts for name in hostile]
+    found = list(filter_repo_objects([*tokenizer, *unwanted], allow_patterns=base_folder._FILES))
+    assert found == tokenizer
+
+
+STRANGE = (
+    "",
+    "..",
+    "../main",
+    "../../../../etc/passwd",
+    "/etc/passwd",
+    "a/../b",
+    "a//b",
+    "a/",
+    ".hidden",
+    "a b",
+    "a\n",
+)
+
+
+@pytest.mark.parametrize("revision", [*STRANGE, "-x", "a/.git", "a\\b", "a" * 201])
+def test_a_revision_that_is_no_plain_name_is_refused_before_anything_is_looked_up(revision, monkeypatch):
+    monkeypatch.setattr(base_folder, "snapshot_download", lambda *_, **__: pytest.fail("it was looked up"))
+    with pytest.raises(UserError, match="is no revision.*commit"):
+        load_base("somebody/tiny", revision)
+
+
+@pytest.mark.parametrize("revision", ["1" * 40, "main", "v1.0", "refs/pr/1", "feature/a_b-c.d", None])
+def test_commits_branches_tags_and_pull_requests_are_revisions(revision, monkeypatch, folders):
+    monkeypatch.setattr(base_folder, "snapshot_download", lambda *_, **__: str(folders["pixel"]))
+    load_base("somebody/tiny", revision)
+
+
+@pytest.fixture
+def hub_cache(folders, tmp_path, monkeypatch):
+    """The cache of huggingface_hub with two commits of somebody/tiny, as two families; main is the second."""
+    repository = tmp_path / "hub" / "models--somebody--tiny"
+    commits = {f"{number}" * 40: family for number, family in ((1, "edm"), (2, "pixel_classes"))}
+    for commit, family in commits.items():
+        shutil.copytree(folders[family], repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("2" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return commits
+
+
+@pytest.mark.parametrize("asked", [None, "main", "2" * 40])
+def test_a_base_from_the_hub_records_its_commit_and_is_found_by_it_when_the_branch_has_moved_on(
+    hub_cache, bases, asked, tmp_path
+):
+    base = load_base("somebody/tiny", asked)
+    assert base.revision == "2" * 40 and base.sha256 == bases["pixel_classes"].sha256
+    (tmp_path / "hub" / "models--somebody--tiny" / "refs" / "main").write_text("1" * 40)
+    assert load_base("somebody/tiny", base.revision).sha256 == base.sha256
+    assert load_base("somebody/tiny").revision == "1" * 40
+
+
+def test_a_base_from_the_hub_is_no_other_when_trained_from_scratch(hub_cache):
+    assert load_base("somebody/tiny", from_scratch=True).revision == "2" * 40
+
+
+@pytest.mark.parametrize("asked", [None, "main"])
+def test_a_base_that_lies_here_has_no_commit(hub_cache, folders, tmp_path, asked):
+    assert load_base("builtin:handwriting", asked).revision is None
+    assert load_base(str(folders["pixel"]), asked).revision is None
+    snapshot = tmp_path / "hub" / "models--somebody--tiny" / "snapshots" / ("1" * 40)
+    assert load_base(str(snapshot), asked).revision is None, "nobody else could find it by that name"
+
+
+def test_a_hub_behind_a_broken_proxy_gives_a_clear_error(monkeypatch):
+    def fail(*_, **__):
+        raise HTTPError("proxy refused")
+
+    monkeypatch.setattr(base_folder, "snapshot_download", fail)
+    with pytest.raises(UserError, match="proxy refused.*Check the name and the network"):
+        load_base("somebody/tiny")
 
 
 @pytest.mark.parametrize("name", ["builtin:nothing", "./no/such/folder", "/no/such/folder"])

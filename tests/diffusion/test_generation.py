@@ -7,49 +7,32 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from tiny_adapters import LORA, NAMES, SAMPLE, shared
 from tiny_bases import BASES
 
-from dp_peft_diffusion.diffusion.adapters import inject_adapter, load_whole_model
 from dp_peft_diffusion.diffusion.base_model import load_base
 from dp_peft_diffusion.diffusion.generation import class_indices, generate, open_source
+from dp_peft_diffusion.diffusion.merging import load_whole_model
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.privacy import certificate
-from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, Recipe, Sample, load_recipe, to_yaml
-from dp_peft_diffusion.sharing.export import certify, write_weights
+from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, load_recipe, to_yaml
+from dp_peft_diffusion.sharing.export import certify
 from tests.privacy.folders import promise
-
-NAMES = ("cat", "dog")
-SAMPLE = Sample(num_inference_steps=2, guidance_scale=2.0)
-LORA = Adapter(rank=2, target_modules=("to_q",))
 
 
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory):
-    """Name -> folder of a tiny base, each made once."""
-    made = {}
+    """Name -> folder of a tiny base, each made once, and built in for as long."""
+    made, place = {}, tmp_path_factory.mktemp("bases")
 
     def get(name):
         if name not in made:
-            made[name] = BASES[name](tmp_path_factory.mktemp("bases") / name)
+            made[name] = BASES[name](place / name)
         return made[name]
 
-    return get
-
-
-def shared(folder, base_folder, adapter=LORA, data=None, sample=SAMPLE):
-    """A folder as a run leaves it, without its certificate; what trained is moved far enough to see."""
-    base = load_base(str(base_folder))
-    data = data or Data(class_names=NAMES)
-    trained = inject_adapter(base, adapter, len(NAMES) if adapter.class_rows else 0)
-    torch.manual_seed(0)
-    for parameter in trained.trainable.values():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    folder.mkdir()
-    write_weights(base, trained, folder)
-    model = Model(pretrained_model_name_or_path=str(base_folder))
-    recipe = Recipe(model=model, data=data, adapter=adapter, privacy=Privacy(epsilon=1.0), sample=sample)
-    (folder / "recipe.yaml").write_text(to_yaml(recipe))
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dp_peft_diffusion.diffusion.base_folder.BUILTIN_BASES", place)
+        yield get
 
 
 def rewrite(folder, **sections):
@@ -191,8 +174,8 @@ def test_a_certified_folder_takes_no_other_autoencoder(kind, tmp_path, base_fold
     assert open_source(folder, base=str(same)).base.is_latent
     config = json.loads((other / "vqvae" / "config.json").read_text())
     (other / "vqvae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 5.0}))
-    with pytest.raises(UserError, match="trained on ./latent_vq with an autoencoder or.*other has .*--base"):
-        open_source(folder, base=str(other))
+    with pytest.warns(UserWarning, match="trained on ./latent_vq, and .*other is another base: autoencoder or text"):
+        assert open_source(folder, base=str(other)).base.vae.config.scaling_factor == 5.0
     del facts["base"]["parts_sha256"]  # a certificate of before
     certificate.write(folder, facts)
     assert open_source(folder, base=str(other)).base.is_latent
@@ -216,8 +199,21 @@ def test_an_adapter_whose_base_lies_elsewhere_asks_for_it(labelled, tmp_path, ba
     assert np.array_equal(arrays(there), arrays(generate(labelled, num_images=2)[0]))
 
 
+def test_a_class_is_looked_up_by_name_and_not_by_walking_through_all():
+    class Names(list):
+        def __contains__(self, _):
+            pytest.fail("walked")
+
+        def index(self, *_):
+            pytest.fail("walked")
+
+    names = Names(map(str, range(1000)))
+    assert class_indices(names, None, 1000) == class_indices(names, list(names), 1000) == list(range(1000))
+
+
 def test_labels_are_taken_in_turn_and_unknown_ones_refused():
     assert class_indices(["a", "b", "c"], None, 5) == [0, 1, 2, 0, 1]
     assert class_indices(["a", "b", "c"], ["c", "a"], 3) == [2, 0, 2]
+    assert class_indices(["a", "b"], ["b"] * 3, 3) == [1, 1, 1]
     with pytest.raises(UserError, match="'d'"):
         class_indices(["a", "b", "c"], ["d"], 1)

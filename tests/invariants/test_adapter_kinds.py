@@ -79,7 +79,7 @@ def test_sample_inspect_and_evaluate_take_the_folder(trained, place, tmp_path):
 def test_a_whole_model_is_a_base_and_its_card_says_how_to_load_it(trained):
     kind, folder, _ = trained
     card = (folder / "README.md").read_text()
-    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    snippet, *_ = re.findall(r"```python\n(.*?)```", card, re.S)
     assert ("finetune" in card) == (kind == "full") and ("PeftModel" in snippet) == (kind != "full")
     if kind == "full":
         found: dict = {}

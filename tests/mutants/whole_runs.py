@@ -109,6 +109,7 @@ SHARED = {
     "adapter_config.json",
     "adapter_model.safetensors",
     "metrics.jsonl",
+    "report.html",
     "privacy.json",
     "recipe.yaml",
     "samples/step-0000.png",

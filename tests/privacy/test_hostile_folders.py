@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from dp_peft_diffusion.cli import main
 from dp_peft_diffusion.errors import PrivacyError, UserError
-from dp_peft_diffusion.privacy.adapter_files import check_adapter
+from dp_peft_diffusion.privacy.adapter_files import check_adapter, check_weights_of
 from tests.privacy import strangers
 from tests.privacy.strangers import A, B
 
@@ -263,22 +263,56 @@ def handwriting():
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_no_hostile_folder_reaches_stock_peft(handwriting, tmp_path, case, monkeypatch):
-    from dp_peft_diffusion.diffusion import adapters
+    from dp_peft_diffusion.diffusion import merging
 
-    monkeypatch.setattr(adapters.PeftModel, "from_pretrained", lambda *_, **__: pytest.fail("stock peft was asked"))
+    monkeypatch.setattr(merging.PeftModel, "from_pretrained", lambda *_, **__: pytest.fail("stock peft was asked"))
     strangers.write_adapter(tmp_path)
     plant, reason = HOSTILE[case]
     plant(tmp_path)
     with pytest.raises((PrivacyError, UserError), match=reason):
-        adapters.load_adapter(handwriting, tmp_path)
+        merging.load_adapter(handwriting, tmp_path)
 
 
 def test_the_folder_that_is_spoiled_above_loads_when_it_is_not_spoiled(handwriting, tmp_path):
-    from dp_peft_diffusion.diffusion.adapters import load_adapter
+    from dp_peft_diffusion.diffusion.merging import load_adapter
 
     loaded = load_adapter(copy.deepcopy(handwriting), strangers.write_adapter(tmp_path))
     weight = loaded.base_model.model.get_submodule(strangers.ATTENTION).to_q.lora_A["default"].weight
     assert np.array_equal(weight.detach().numpy(), strangers.tensors()[A])
+
+
+COMMANDS = {  # that open an adapter; {} is its folder, and what they make lies beside it
+    "sample": "sample --adapter {} --num_images 1 --output_dir {}-out",
+    "sample, unmerged, beside a good one": "sample --adapter {}-good --adapter {} --unmerged --output_dir {}-out",
+    "merge": "merge --adapter {} --output_dir {}-out",
+    "evaluate": "evaluate {} --dataset_name builtin:digits --num_images 1",
+    "export": "export {} --format kohya --output {}-out.safetensors",
+    "verify": "verify {}",
+}
+RECIPE = "data: {class_names: [a]}\nadapter: {class_rows: [1937]}\nprivacy: {epsilon: 1}\n"
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_every_command_that_opens_an_adapter_refuses_a_hostile_one_in_one_line(tmp_path, case, monkeypatch):
+    from dp_peft_diffusion.diffusion import merging
+
+    monkeypatch.setattr(merging.PeftModel, "from_pretrained", lambda *_, **__: pytest.fail("stock peft was asked"))
+    for name in ("run", "run-good"):
+        (strangers.write_adapter(tmp_path / name) / "recipe.yaml").write_text(RECIPE)
+    plant, reason = HOSTILE[case]
+    plant(tmp_path / "run")
+    with contextlib.suppress(PrivacyError):  # what is missing or too large for a hash keeps no certificate
+        strangers.certify(tmp_path / "run")
+    (tmp_path / "run" / "recipe.yaml").write_text(RECIPE)
+    for name, words in COMMANDS.items():
+        if name == "export" and case in ("tensors of another base", "class rows beyond the table"):
+            continue  # which only the base can tell
+        result = CliRunner().invoke(main, words.format(*[tmp_path / "run"] * words.count("{}")).split())
+        assert result.exit_code in (2, 3), (name, result.output, result.exception)
+        last = result.stderr.splitlines()[-1]
+        assert last.startswith("error: ") and isinstance(result.exception, SystemExit), (name, result.output)
+        assert name == "verify" or re.search(reason, last), (name, last)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run-good"], "nothing was made"
 
 
 class Evil:
@@ -311,7 +345,7 @@ from dp_peft_diffusion.errors import PrivacyError, UserError
 from dp_peft_diffusion.privacy.adapter_files import check_adapter
 from dp_peft_diffusion.privacy.certificate import verify
 if how == "load":
-    from dp_peft_diffusion.diffusion.adapters import load_adapter
+    from dp_peft_diffusion.diffusion.merging import load_adapter
     from dp_peft_diffusion.diffusion.base_model import load_base
     unet = load_base("builtin:handwriting").unet
 def verify_or_raise(folder):
@@ -448,21 +482,21 @@ HOSTILE_MODELS = {
 
 @pytest.mark.parametrize("case", HOSTILE_MODELS)
 def test_a_hostile_whole_model_is_refused_for_its_reason_before_diffusers_builds_it(tmp_path, case, monkeypatch):
-    from dp_peft_diffusion.diffusion import adapters
+    from dp_peft_diffusion.diffusion import merging
 
-    monkeypatch.setattr(adapters, "load_parts", lambda *_: pytest.fail("diffusers was asked"))
+    monkeypatch.setattr(merging, "load_parts", lambda *_: pytest.fail("diffusers was asked"))
     strangers.write_base_of(strangers.write_model(tmp_path))
     plant, reason = HOSTILE_MODELS[case]
     assert "Fits builtin:handwriting" in check_adapter(tmp_path)
     plant(tmp_path)
-    for check in (check_adapter, adapters.load_whole_model):
+    for check in (check_adapter, check_weights_of, merging.load_whole_model):
         with pytest.raises(PrivacyError, match=reason):
             check(tmp_path)
 
 
 @pytest.mark.parametrize(("change", "reason"), [("lacks", "lacks weights: conv_norm_out.bias"), ("has", "not exactly")])
 def test_a_whole_model_with_a_weight_too_few_or_too_many_is_refused(tmp_path, change, reason):
-    from dp_peft_diffusion.diffusion.adapters import load_whole_model
+    from dp_peft_diffusion.diffusion.merging import load_whole_model
 
     strangers.write_base_of(strangers.write_model(tmp_path))
     path = next(tmp_path.glob("unet/*.safetensors"))

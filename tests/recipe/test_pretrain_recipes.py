@@ -9,13 +9,26 @@ from diffusers.models.attention_processor import Attention
 from PIL import Image
 
 from dp_peft_diffusion.diffusion.base_model import load_base
-from dp_peft_diffusion.pretraining import folder, pretrain
-from dp_peft_diffusion.pretraining.networks import build_autoencoder, build_scheduler, build_unet
+from dp_peft_diffusion.pretraining import codes, folder, pretrain
+from dp_peft_diffusion.pretraining.characters import TURNS
+from dp_peft_diffusion.pretraining.networks import (
+    build_autoencoder,
+    build_scheduler,
+    build_text_encoder,
+    build_text_unet,
+    build_unet,
+)
+from dp_peft_diffusion.pretraining.vocabulary import make_tokenizer
 from dp_peft_diffusion.recipe import load_pretrain_recipe, recipe_path
 from dp_peft_diffusion.strict_yaml import read_table
 from dp_peft_diffusion.typed_fields import options
 
-AUTOENCODERS = {"emnist-letters-vae": 102_548_925, "imagenet32-vae": 14_639_807, "imagenet64-vae": 29_935_359}
+AUTOENCODERS = {
+    "emnist-letters-vae": 102_548_925,
+    "handwriting-captions-vae": 173_421,
+    "imagenet32-vae": 14_639_807,
+    "imagenet64-vae": 29_935_359,
+}
 # name -> (input side, input channels, rows of the class table, weights)
 UNETS = {
     "handwriting": (16, 4, 8 * 242 + 1 + 64, 1_950_660),
@@ -24,8 +37,13 @@ UNETS = {
     "imagenet64": (32, 3, None, 72_171_779),
     "imagenet32-pixel": (32, 3, 1000 + 1 + 64, 86_958_147),
 }
+# Alphabet -> characters, of the data that the recipes of handwriting name.
+OMNIGLOT = {
+    "Balinese": 24, "Early Aramaic": 22, "Greek": 24, "Japanese katakana": 47, "Korean": 40, "Latin": 26,
+    "Sanskrit": 42, "Tagalog": 17,
+}  # fmt: skip
 OF_A_FILE = {"_name_or_path": None, "_diffusers_version": None}  # says nothing of the net
-NAMES = sorted([*AUTOENCODERS, *UNETS])
+NAMES = sorted([*AUTOENCODERS, *UNETS, "handwriting-captions"])
 
 
 def shipped(name, **changes):
@@ -69,6 +87,20 @@ def test_the_recipe_of_handwriting_describes_the_shipped_base():
     pairs = (meta_unet("handwriting"), base.unet), (build_scheduler(shipped("handwriting")), base.scheduler)
     for made, there in pairs:
         assert {**json.loads(there.to_json_string()), **OF_A_FILE} == {**json.loads(made.to_json_string()), **OF_A_FILE}
+
+
+def test_the_nets_of_captions_have_the_sizes_that_their_recipe_says():
+    recipe, text = shipped("handwriting-captions"), recipe_path("handwriting-captions").read_text()
+    upright = [f"{name} character{n:02}" for name, last in OMNIGLOT.items() for n in range(1, last + 1)]
+    captions = [caption + mirror + turn for caption in upright for mirror in ("", ", mirrored") for turn in TURNS]
+    tokenizer = make_tokenizer(captions, recipe.spare_words, recipe.text_tokens)
+    with torch.device("meta"):
+        unet = build_text_unet(recipe, 8, shipped("handwriting-captions-vae").latent_channels)
+        encoder = build_text_encoder(recipe, tokenizer)
+    assert f"{count(unet.parameters()):,} weights of the UNet" in text
+    assert f"{count(encoder.parameters()):,} of the text encoder" in text
+    weights = count(unet.parameters()) + count(encoder.parameters()) + AUTOENCODERS["handwriting-captions-vae"]
+    assert 4 * weights < 12e6  # bytes
 
 
 @pytest.mark.parametrize("name", sorted(AUTOENCODERS))
@@ -130,14 +162,17 @@ def stand_in(name, images, **changes):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["handwriting", "imagenet32-pixel", "emnist-letters", "imagenet32", "imagenet64"])
+@pytest.mark.parametrize(
+    "name", ["handwriting", "handwriting-captions", "imagenet32-pixel", "emnist-letters", "imagenet32", "imagenet64"]
+)
 def test_one_update_of_a_tiny_stand_in_makes_a_base(name, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "sample_images", lambda *_, **__: torch.zeros(64, 1, 4, 4, dtype=torch.uint8))
-    changes = {"class_code_rank": 4} if name == "handwriting" else {}
+    monkeypatch.setattr(codes, "IMAGES_FOR_CODES", 64)
+    monkeypatch.setattr(folder, "sample_images", lambda *_, num_images, **__: torch.zeros(num_images, 1, 16, 16).byte())
+    changes = {"class_code_rank": 4} if name.startswith("handwriting") else {}
     if shipped(name).vae is not None:  # its autoencoder first, in the folder that the recipe names
         monkeypatch.chdir(tmp_path)
         pretrain(stand_in(f"{name}-vae", images), tmp_path / "runs" / f"{name}-vae")
     base = load_base(str(pretrain(stand_in(name, images, **changes), tmp_path / "out")))
-    assert base.resolution == 16 and base.is_latent == (shipped(name).kind == "latent")
-    assert (base.num_class_embeds is None) == (name == "imagenet64")
-    assert base.image_channels == (1 if name in ("handwriting", "emnist-letters") else 3)
+    assert base.resolution == 16 and base.is_latent == (shipped(name).vae is not None)
+    assert (base.num_class_embeds is None) == (name in ("imagenet64", "handwriting-captions"))
+    assert base.image_channels == (1 if name in ("handwriting", "handwriting-captions", "emnist-letters") else 3)

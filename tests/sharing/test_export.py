@@ -1,25 +1,33 @@
+import contextlib
 import dataclasses
+import io
 import json
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from tiny_bases import BASES
 from tiny_models import tiny_base_folder
 
 from dp_peft_diffusion.diffusion.adapters import inject_adapter
 from dp_peft_diffusion.diffusion.base_model import load_base
 from dp_peft_diffusion.diffusion.conditions import condition_table
+from dp_peft_diffusion.diffusion.grids import image_grid
 from dp_peft_diffusion.errors import RunError
 from dp_peft_diffusion.privacy.certificate import verify
 from dp_peft_diffusion.privacy.mechanism import DPMechanism
 from dp_peft_diffusion.privacy.model_files import FROM_SCRATCH
 from dp_peft_diffusion.privacy.promise import make_promise
 from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, Recipe
+from dp_peft_diffusion.sharing import reloading
 from dp_peft_diffusion.sharing.card import sample_arguments
-from dp_peft_diffusion.sharing.export import check_reload, export, public_base_name, shareable_recipe
+from dp_peft_diffusion.sharing.export import export, public_base_name, shareable_recipe
 
 ROWS = (10, 11)
+PROMISE = make_promise(
+    DPMechanism(sampling_prob=0.5, steps=4, expected_batch_size=10, num_examples=20), delta=1e-5, epsilon=3.0
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +45,46 @@ def exported(tmp_path_factory):
         adapter=spec,
         privacy=Privacy(epsilon=3.0, gamma=0.01),
     )
-    mechanism = DPMechanism(sampling_prob=0.5, steps=4, expected_batch_size=10, num_examples=20)
-    promise = make_promise(mechanism, delta=1e-5, epsilon=3.0)
     folder = place / "run"
     (folder / "samples").mkdir(parents=True)
     for step in (0, 4):
-        (folder / "samples" / f"step-{step:04d}.png").write_bytes(b"")
+        image_grid(torch.zeros(2, 1, 16, 16, dtype=torch.uint8), 2).save(folder / "samples" / f"step-{step:04d}.png")
     table = condition_table(base, ROWS, recipe.data.class_names, "")
-    facts = export(folder, recipe, base, table, adapter, promise, "given by the user, declared public", "os", "deleted")
+    facts = export(folder, recipe, base, table, adapter, PROMISE, "given by the user, declared public", "os", "deleted")
     return folder, base, adapter, recipe, facts
+
+
+def export_text(place, folder):
+    """Export a LoRA of Stable Diffusion; (base folder, certificate)."""
+    base = load_base(str(place / "base"))
+    spec = Adapter(rank=2, target_modules=("to_q",))
+    adapter = inject_adapter(base, spec)
+    for parameter in adapter.trainable.values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    recipe = Recipe(
+        model=Model(pretrained_model_name_or_path=base.name), adapter=spec, privacy=Privacy(epsilon=3.0, gamma=1)
+    )
+    recipe = dataclasses.replace(recipe, data=Data(dataset_name="x", prompt_template="a scan"))
+    (folder / "samples").mkdir(parents=True)
+    image_grid(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), 2).save(folder / "samples" / "step-0004.png")
+    table = condition_table(base, None, None, "a scan")
+    return export(folder, recipe, base, table, adapter, PROMISE, "given by the user", "os", "deleted")
+
+
+@pytest.fixture(scope="module")
+def text_place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("text")
+    BASES["stable_diffusion_1"](place / "base")
+    return place
+
+
+@pytest.fixture(scope="module")
+def text_export(text_place):
+    """(folder, folder of the base, certificate, what was told)."""
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        facts = export_text(text_place, text_place / "run")
+    return text_place / "run", text_place / "base", facts, told.getvalue()
 
 
 @pytest.mark.parametrize("file", ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "samples/more.bin"])
@@ -101,17 +140,35 @@ def test_the_shareable_recipe_keeps_everything_but_places(exported):
     assert dataclasses.replace(shared, data=recipe.data, model=recipe.model) == recipe
 
 
-@pytest.mark.parametrize("plant", ["changed", "zero"])
-def test_an_export_that_does_not_reload_the_same_is_caught(exported, tmp_path, plant):
-    folder, base, adapter, _, _ = exported
-    broken = tmp_path / "broken"
-    shutil.copytree(folder, broken)
-    tensors = load_file(broken / "adapter_model.safetensors")
-    tensors = {name: tensor * (1.01 if plant == "changed" else 0) for name, tensor in tensors.items()}
-    save_file(tensors, broken / "adapter_model.safetensors", {"format": "pt"})
-    unet = adapter.unet if plant == "changed" else base.unet
-    with pytest.raises(RunError, match="differ" if plant == "changed" else "change nothing"):
-        check_reload(base, False, unet, condition_table(base, ROWS, None, ""), broken)
+def test_page_and_card_are_certified_and_a_changed_page_is_found(exported, tmp_path):
+    folder, *_, facts = exported
+    assert {"README.md", "report.html"} <= set(facts["sha256"])
+    changed = shutil.copytree(folder, tmp_path / "changed")
+    (changed / "report.html").write_text((folder / "report.html").read_text() + " ")
+    failed = {name: text for name, ok, text in verify(changed).levels if not ok}
+    assert set(failed) == {"files"} and "report.html" in failed["files"]
+
+
+def test_the_folder_of_a_text_conditional_base_holds_the_file_of_diffusers_and_says_its_promise(text_export):
+    folder, base, facts, told = text_export
+    assert "pytorch_lora_weights.safetensors" in facts["sha256"]
+    report = verify(folder, base)
+    assert report.ok and "bit for bit" in dict((name, text) for name, _, text in report.levels)["weights"]
+    with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
+        said = json.loads(file.metadata()["dp_peft"])
+    assert said["statement"] == facts["statement"] and said["base"]["sha256"] == facts["base"]["sha256"]
+    assert "stock peft: 8 layers; stock diffusers: 8 layers; outputs differ by" in told
+
+
+def test_an_export_that_does_not_reload_has_no_certificate(text_place, monkeypatch):
+    def refuse(*_):
+        raise RunError("the process was killed")
+
+    monkeypatch.setattr(reloading, "in_fresh_process", refuse)
+    with pytest.raises(RunError, match="was killed"):
+        export_text(text_place, text_place / "failed")
+    left = {path.name for path in (text_place / "failed").iterdir()}
+    assert not left & {"privacy.json", "README.md", "report.html"}
 
 
 @pytest.mark.parametrize("prefix", ["", FROM_SCRATCH])

@@ -90,7 +90,7 @@ def test_a_run_ends_with_a_folder_that_verifies_and_a_private_one_beside_it(reci
     names = {path.name for path in result.folder.iterdir()}
     assert names == {
         "adapter_config.json", "adapter_model.safetensors", "privacy.json", "README.md", "recipe.yaml", "samples",
-        "metrics.jsonl",
+        "metrics.jsonl", "report.html",
     }  # fmt: skip
     assert stat.S_IMODE(result.private_folder.stat().st_mode) == 0o700
     assert not (result.private_folder / "key").exists()

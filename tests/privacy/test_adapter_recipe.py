@@ -1,0 +1,100 @@
+"""A stranger's recipe may say little of what happens when its adapter is opened."""
+
+import dataclasses
+import os
+
+import pytest
+
+from dp_peft_diffusion.errors import PrivacyError, UserError
+from dp_peft_diffusion.privacy.adapter_recipe import check_rows, read_recipe, stated_base
+from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, Recipe, Sample, to_yaml
+
+RECIPE = Recipe(privacy=Privacy(epsilon=1.0))
+
+
+def saying(base, revision=None):
+    return dataclasses.replace(RECIPE, model=Model(pretrained_model_name_or_path=base, revision=revision))
+
+
+def with_classes(names, rows):
+    return dataclasses.replace(RECIPE, data=Data(class_names=names), adapter=Adapter(class_rows=rows))
+
+
+def written(folder, recipe):
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    return folder
+
+
+def test_a_recipe_is_read_as_it_was_written(tmp_path):
+    recipe = with_classes(("a", "b"), (3, 4))
+    assert read_recipe(written(tmp_path, recipe)) == recipe
+
+
+def test_a_recipe_that_is_missing_or_a_pipe_is_refused_at_once(tmp_path):
+    with pytest.raises(UserError, match="recipe.yaml cannot be read"):
+        read_recipe(tmp_path)
+    os.mkfifo(tmp_path / "recipe.yaml")
+    with pytest.raises(PrivacyError, match="not a regular file"):
+        read_recipe(tmp_path)
+
+
+@pytest.mark.parametrize("rows", [(3,), (3, 4, 5)])
+def test_rows_that_are_not_one_for_each_class_are_refused(tmp_path, rows):
+    with pytest.raises(PrivacyError, match=f"names 2 classes and {len(rows)} rows"):
+        read_recipe(written(tmp_path, with_classes(("a", "b"), rows)))
+
+
+def test_a_recipe_cannot_keep_the_machine_busy_for_ever(tmp_path):
+    with pytest.raises(UserError, match="asks for 1000000000 denoising steps"):
+        read_recipe(written(tmp_path, dataclasses.replace(RECIPE, sample=Sample(num_inference_steps=10**9))))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("./mine", "--base PATH/mine"),
+        ("../secrets", "--base PATH/secrets"),
+        ("/etc/ssl", "--base PATH/ssl"),
+        ("~/bases/one", "--base PATH/one"),
+        ("a/../b", "--base PATH/b"),
+        ("a/b/c", "--base PATH/c"),
+        ("builtin:../../etc", "--base PATH/etc"),
+        ("builtin:", "--base PATH/builtin_"),
+        ("..", "--base PATH/.."),
+        ("file:///etc/ssl", "--base PATH/ssl"),
+        ("x\x1b[2J", "--base PATH/x__2J"),
+        ("", "--base PATH/"),
+    ],
+)
+def test_a_base_that_is_a_place_on_a_machine_must_be_named_by_the_user(tmp_path, name, hint):
+    with pytest.raises(UserError) as refused:
+        stated_base(tmp_path, saying(name))
+    assert str(refused.value).endswith(hint) and "\x1b" not in str(refused.value)
+
+
+def test_bases_that_everybody_has_are_taken_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert stated_base(tmp_path, saying("builtin:handwriting")) == ("builtin:handwriting", None)
+    assert stated_base(tmp_path, saying("some/base-1.0", "0" * 40)) == ("some/base-1.0", "0" * 40)
+    (tmp_path / "some" / "base-1.0").mkdir(parents=True)
+    with pytest.raises(
+        UserError, match=r"here lies a folder of that name. To take the folder, .*--base ./some/base-1.0"
+    ):
+        stated_base(tmp_path, saying("some/base-1.0"))
+
+
+@pytest.mark.parametrize(
+    "revision",
+    ["/dev/zero", "/etc/passwd", "../x", "../../../x", "recipe.yaml", "main", "", "0" * 39, "A" * 40, "0" * 40 + "\n"],
+)
+def test_a_revision_that_is_no_commit_may_be_a_place_and_is_never_looked_up(tmp_path, revision):
+    with pytest.raises(UserError, match="says no commit of it.*--base some/base$"):
+        stated_base(tmp_path, saying("some/base", revision))
+
+
+def test_two_adapters_share_a_row_only_for_a_class_of_one_name(tmp_path):
+    folders = [tmp_path / name for name in "abc"]
+    cats, pets = with_classes(("cat", "dog"), (3, 4)), with_classes(("dog", "cow"), (4, 5))
+    check_rows(folders, [cats, pets, RECIPE])
+    with pytest.raises(UserError, match=r"a and .*b both moved row 3 of the class table, for 'cat' and for 'dog'"):
+        check_rows(folders[:2], [cats, with_classes(("dog", "cow"), (3, 5))])
