@@ -59,8 +59,8 @@ def write_merged(
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"--output_dir {output_dir} is not empty. Choose another --output_dir, or remove that folder.")
     check_apart(output_dir, "--output_dir", folders)
-    promises = [checked_promise(folder) for folder in folders]
     model, recipes = open_model(folders, weights, base, dtype=dtype)
+    promises = [checked_promise(folder) for folder in folders]
     source, partial = find_folder(model.name, model.revision), partial_of(output_dir)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
