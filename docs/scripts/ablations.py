@@ -78,10 +78,6 @@ AXES: dict[str, dict[str, dict[str, object]]] = {
         "Adam, bias-corrected": {"train.optimizer": "adam_bc"},
         "SGD": {"train.optimizer": "sgd", "train.learning_rate": 10.0},
     },
-    "learning rate": {
-        "learning rate 0.02": {"train.learning_rate": 0.02},
-        "learning rate 0.1": {"train.learning_rate": 0.1},
-    },
     "clipping": {"flat, C = 1": {"privacy.clipping": "flat"}},
     "sampling": {"fidelity (stochastic)": {}},
 }
