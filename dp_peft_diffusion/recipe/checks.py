@@ -1,5 +1,6 @@
 """Values of a recipe that are out of range, or do not go together."""
 
+import re
 from typing import TypeVar
 
 from dp_peft_diffusion.errors import UserError
@@ -19,6 +20,7 @@ def validate(recipe: AnyRecipe) -> AnyRecipe:
     if isinstance(recipe, Recipe):
         _check_kind(recipe.adapter.kind)
         _check_precision(recipe.train.mixed_precision)
+        _check_license(recipe.adapter.license)
     for section, spec, value in options(recipe):
         check_range(section, spec, value)
     if isinstance(recipe, Recipe):
@@ -35,6 +37,15 @@ def _check_kind(kind: str) -> None:
             "--adapter loha (adapter.kind in a recipe): peft computes it in an autograd function of its own, which "
             "neither vmap nor a layer rule can follow, so no per-example gradient of it is exact. "
             "Use --adapter lokr, which is as small, or --adapter lora."
+        )
+
+
+def _check_license(name: str | None) -> None:
+    """Licences have names on the Hub, and what has none is named `other` there."""
+    if name is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
+        raise UserError(
+            f"--license {name!r} (adapter.license in a recipe) is no name of the Hub's: small letters, digits, dots and "
+            "hyphens. Type for example --license apache-2.0, or --license other."
         )
 
 

@@ -84,6 +84,7 @@ class Adapter:
     class_rows: tuple[int, ...] | None = option(
         None, at_least=0, help="rows of the class table that may be overwritten, for a base without spare rows"
     )
+    license: str | None = option(None, longest=40, help="licence of the exported weights, by its name on the Hub")
 
 
 @dataclass(frozen=True, kw_only=True)

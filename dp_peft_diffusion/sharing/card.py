@@ -41,6 +41,7 @@ def render_card(certificate: dict, recipe: Recipe, trained_on: BaseModel, last_g
         front_matter=front_matter(recipe, trained_on),
         title=f"{what}, epsilon {certificate['guarantee']['epsilon']:g}",
         certificate=certificate,
+        license=recipe.adapter.license,
         warnings=warnings(certificate),
         last_grid=last_grid,
         whole_model=whole,
@@ -54,11 +55,12 @@ def render_card(certificate: dict, recipe: Recipe, trained_on: BaseModel, last_g
 
 
 def front_matter(recipe: Recipe, trained_on: BaseModel) -> str:
-    """What the Hub reads, as YAML. A base that is not on the Hub has no name there; a licence is not ours to state."""
+    """What the Hub reads, as YAML. A base that is not on the Hub has no name there."""
     spec, base = recipe.adapter, recipe.model.pretrained_model_name_or_path
     whole = spec.kind == "full"
     relation = None if recipe.model.from_scratch else "finetune" if whole else "adapter"
     data = ModelCardData(
+        license=spec.license,
         base_model=base if relation and is_hub_name(base) else None,
         base_model_relation=relation,
         library_name="diffusers" if whole else "peft",

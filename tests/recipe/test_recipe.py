@@ -187,6 +187,7 @@ NAN, INF = math.nan, math.inf
         *[("train.ema_decay", value) for value in (-0.1, 1.0, NAN)],
         ("train.optimizer", "adamw"),
         ("train.mixed_precision", "fp16"),
+        *[("adapter.license", value) for value in ("Apache 2.0", "", "x" * 41, "mit\nbase_model: x")],
         ("model.prediction_type", "flow"),
         ("data.prompt_template", "x" * 201),
         ("data.caption_column", "x" * 201),

@@ -183,6 +183,14 @@ def test_the_base_is_named_to_the_hub_only_by_a_name_that_it_can_have(pixel, nam
     assert data.get("base_model") == (name if listed else None) and data["base_model_relation"] == "adapter"
 
 
+def test_a_licence_that_was_given_stands_in_the_card_and_its_front_matter(pixel):
+    base, recipe, facts = pixel
+    recipe = dataclasses.replace(recipe, adapter=dataclasses.replace(recipe.adapter, license="cc-by-4.0"))
+    card = render_card(facts, recipe, base, "step-0004.png")
+    assert ModelCard(card).data.license == "cc-by-4.0"
+    assert "These weights: cc-by-4.0, within the licence of the base." in card and "states no licence" not in card
+
+
 def test_a_net_from_scratch_has_no_base_on_the_hub(pixel):
     data = ModelCard(with_base(pixel, "somebody/net", from_scratch=True)).data.to_dict()
     assert not {"base_model", "base_model_relation"} & set(data)
