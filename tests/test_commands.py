@@ -37,9 +37,6 @@ IN_SHORT = {
     "dp-peft train --pretrained_model_name_or_path merged": (
         "dp-peft train --pretrained_model_name_or_path merged --dataset_name path/to/images --epsilon 8"
     ),
-    "dp-peft train --prior_event privacy.json": (
-        "dp-peft train --prior_event runs/first/privacy.json --dataset_name path/to/images --epsilon 12"
-    ),
 }
 SLOW = {"bench": "every method that it compares is timed in several processes"}
 # Words of a Python block -> why it is not run here.

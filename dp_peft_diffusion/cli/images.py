@@ -185,6 +185,7 @@ def _evaluate(path: Path, names: tuple[str, ...] | None, **settings: Any) -> dic
     data = Data(**{key: settings[key] for key in _REAL_IMAGES})
     if is_run:
         known = adapter_classes([path], "Classifiers need them: only adapters with classes can be evaluated.")
+        announce_base([path], settings["base"])
         names = names or known
         images, labels = sampled(path, names, settings)
     else:
