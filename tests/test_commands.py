@@ -42,6 +42,7 @@ SLOW = {"bench": "every method that it compares is timed in several processes"}
 # Words of a Python block -> why it is not run here.
 ELSEWHERE = {
     "torch.arange(1937": "tests/invariants/test_readme.py runs it on the real base",
+    "StableDiffusionXLPipeline.from_pretrained": "tests/diffusion/test_merging.py does the same with small pipelines",
     'Case("unet2d-4.6m"': "a measurement of minutes; tests/evaluation/test_benchmark.py measures less",
     "inject_into(transformer": "a line of a larger program; tests/diffusion/test_adapter_kinds.py does the same",
 }
