@@ -44,8 +44,8 @@ def _check_license(name: str | None) -> None:
     """Licences have names on the Hub, and what has none is named `other` there."""
     if name is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
         raise UserError(
-            f"--license {name!r} (adapter.license in a recipe) is no name of the Hub's: small letters, digits, dots and "
-            "hyphens. Type for example --license apache-2.0, or --license other."
+            f"--license {name!r} (adapter.license in a recipe) is no name of the Hub's, which are small letters, "
+            "digits, dots and hyphens. Type for example --license apache-2.0, or --license other."
         )
 
 
