@@ -137,7 +137,7 @@ class Train:
     )
     lr_scheduler: str = option("constant", choices=("constant", "linear", "cosine"), help="decay of the step size")
     lr_warmup_steps: int = option(0, at_least=0, help="updates of linear warm-up")
-    noise_multiplicity: int = option(1, at_least=1, help="diffusion draws averaged in each example; costs no privacy")
+    noise_multiplicity: int = option(4, at_least=1, help="diffusion draws averaged in each example; costs no privacy")
     augmentation_multiplicity: int = option(
         1, at_least=1, help="changed versions averaged in each example, each under all noise draws; costs no privacy"
     )
@@ -173,8 +173,9 @@ class Sample:
 
     every: int = option(0, at_least=0, help="steps between grids; 0: before and after only")
     num_images: int = option(80, at_least=1, help="images in a grid")
-    scheduler: str = option(
-        "utility", help="fidelity (stochastic), utility (deterministic), or a scheduler of diffusers by name"
+    scheduler: str | None = option(
+        None,
+        help="fidelity (stochastic), utility (deterministic), or one of diffusers; none: fidelity, for EDM utility",
     )
     prompts: tuple[str, ...] | None = option(
         None,
