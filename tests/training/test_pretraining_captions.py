@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_documentation import check_command, command_lines
 from transformers import CLIPTokenizer
 
-from dp_peft_diffusion.diffusion.base_model import load_base
+from dp_peft_diffusion.diffusion.base_model import BUILTIN_BASES, load_base
 from dp_peft_diffusion.diffusion.glyphs import DIHEDRAL
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.pretraining import folder, loop, pretrain
@@ -24,7 +24,7 @@ from dp_peft_diffusion.pretraining.denoising import denoising_loss
 from dp_peft_diffusion.pretraining.images import PublicImages
 from dp_peft_diffusion.pretraining.networks import build_autoencoder, encode
 from dp_peft_diffusion.pretraining.vocabulary import END, make_tokenizer, write_vocabulary
-from dp_peft_diffusion.recipe import PretrainRecipe, validate
+from dp_peft_diffusion.recipe import PretrainRecipe, load_pretrain_recipe, recipe_path, validate
 
 CAPTIONS = ["Old Greek character12, turned left", "Korean character03, mirrored", "Korean"]
 
@@ -359,3 +359,35 @@ def test_what_does_not_go_together_is_refused(changes, told):
     validate(recipe)
     with pytest.raises(UserError, match=told):
         validate(dataclasses.replace(recipe, **changes))
+
+
+def test_the_builtin_base_is_small_and_what_its_recipe_makes():
+    place = BUILTIN_BASES / "handwriting_captions"
+    assert sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) <= 12_000_000
+    recipe = load_pretrain_recipe(recipe_path("handwriting-captions"), {"dataset_name": "letters"})
+    pipe = StableDiffusionPipeline.from_pretrained(place)
+    assert tuple(pipe.unet.config.block_out_channels) == recipe.block_out_channels
+    assert (pipe.unet.config.cross_attention_dim, pipe.unet.config.sample_size) == (recipe.class_code_rank, 8)
+    assert pipe.text_encoder.config.num_hidden_layers == recipe.text_layers
+    assert pipe.scheduler.config.prediction_type == recipe.prediction_type
+    words = [pipe.tokenizer(word).input_ids[1:-1] for word in recipe.spare_words]
+    assert all(len(tokens) == 1 for tokens in words) and len({tokens[0] for tokens in words}) == len(words)
+    assert load_base("builtin:handwriting_captions").text is not None
+
+
+def test_the_builtin_base_draws_what_its_prompt_says():
+    pipe = StableDiffusionPipeline.from_pretrained(BUILTIN_BASES / "handwriting_captions")
+    pipe.set_progress_bar_config(disable=True)
+
+    def drawn(prompt, seed):
+        generator = torch.Generator().manual_seed(seed)
+        pictures = pipe([prompt] * 8, num_inference_steps=10, guidance_scale=2.0, generator=generator).images
+        assert {(picture.mode, picture.size) for picture in pictures} == {("L", (32, 32))}
+        return np.mean([np.asarray(picture, float) for picture in pictures], axis=0)
+
+    names = ["Korean character12", "Korean character12, turned left"]
+    first, again = ([drawn(name, seed) for name in names] for seed in (0, 1))
+    same = [np.abs(a - b).mean() for a, b in zip(first, again, strict=True)]
+    other = np.abs(first[0] - first[1]).mean()
+    assert max(same) < other
+    assert np.abs(first[1] - np.rot90(first[0])).mean() < other  # turned left is what it says
