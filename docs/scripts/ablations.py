@@ -54,7 +54,8 @@ AXES: dict[str, dict[str, dict[str, object]]] = {
         f"K={k}, 24 steps": {"train.noise_multiplicity": k, "train.max_train_steps": 24} for k in (1, 4, 16)
     },
     "K, 384 draws of an image each": {
-        f"K={k}, {384 // k} steps": {"train.noise_multiplicity": k, "train.max_train_steps": 384 // k} for k in (1, 4, 16)
+        f"K={k}, {384 // k} steps": {"train.noise_multiplicity": k, "train.max_train_steps": 384 // k}
+        for k in (1, 4, 16)
     },
     "expected batch, equal draws": {
         "batch 60, 250 steps": {"train.train_batch_size": 60, "train.max_train_steps": 250},

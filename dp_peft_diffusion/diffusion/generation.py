@@ -14,7 +14,7 @@ from dp_peft_diffusion.diffusion.base_model import BaseModel
 from dp_peft_diffusion.diffusion.conditions import LABEL, class_prompts, null_conditions
 from dp_peft_diffusion.diffusion.grids import to_pil
 from dp_peft_diffusion.diffusion.opening import open_model
-from dp_peft_diffusion.diffusion.samplers import default_batch_size, sample_images
+from dp_peft_diffusion.diffusion.samplers import default_batch_size, default_scheduler, sample_images
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.recipe import Recipe
 
@@ -107,7 +107,7 @@ def open_source(
     known = known_classes(loaded, recipes)
     labels = choose_labels(known, recipes[0], class_labels, prompts)
     given: dict[str, Any] = {
-        "scheduler": scheduler,
+        "scheduler": scheduler or recipes[0].sample.scheduler or default_scheduler(loaded),
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
     }

@@ -117,18 +117,19 @@ class Sampler:
     churn: bool = False
 
 
-def make_sampler(base: BaseModel, name: str | None, num_inference_steps: int, device: torch.device | str = "cpu") -> Sampler:
+def make_sampler(
+    base: BaseModel, name: str | None, num_inference_steps: int, device: torch.device | str = "cpu"
+) -> Sampler:
     """A sampler on the base's own noise schedule: a preset, a short name, or a class of diffusers.
 
     `utility` is deterministic: DDIM with eta 0 (Song et al. 2010.02502), or Euler steps on an EDM base. `fidelity` is
-    stochastic: DDIM with eta 1, or Heun steps with churn, which ask the network twice. None is `fidelity`
-    (docs/explanation/ablations.md), but `utility` on an EDM base, where churn is rough with few steps.
+    stochastic: DDIM with eta 1, or Heun steps with churn, which ask the network twice. None: `default_scheduler`.
 
     Raises:
         UserError: diffusers has no such scheduler, or it is not one for this base or this number of steps.
     """
     edm, names = isinstance(base.scheduler, EDMEulerScheduler), known_schedulers(base)
-    name = name or ("utility" if edm else "fidelity")
+    name = name or default_scheduler(base)
     kind = names.get(name, name)
     if kind not in (EDM_SCHEDULERS.values() if edm else EXCHANGEABLE):
         noise = "continuous noise levels (EDM)" if edm else "discrete timesteps"
@@ -142,6 +143,11 @@ def make_sampler(base: BaseModel, name: str | None, num_inference_steps: int, de
         raise _misfit(base, name, num_inference_steps, error) from error
     options = {"eta": 1.0} if name == "fidelity" and not edm else {}
     return Sampler(scheduler, options, churn=name == "fidelity" and edm)
+
+
+def default_scheduler(base: BaseModel) -> str:
+    """`fidelity` (docs/explanation/ablations.md), but `utility` on an EDM base, where churn is rough with few steps."""
+    return "utility" if isinstance(base.scheduler, EDMEulerScheduler) else "fidelity"
 
 
 def known_schedulers(base: BaseModel) -> dict[str, str]:

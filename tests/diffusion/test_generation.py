@@ -80,7 +80,7 @@ def test_classes_of_a_class_base_are_its_rows_and_balanced(labelled):
 
 def test_settings_left_out_are_those_of_the_recipe_and_given_ones_win(labelled):
     left, given = open_source(labelled), open_source(labelled, guidance_scale=0.0, scheduler="ddpm", seed=9)
-    assert (left.sample.guidance_scale, left.sample.num_inference_steps, left.sample.scheduler) == (2.0, 2, "utility")
+    assert (left.sample.guidance_scale, left.sample.num_inference_steps, left.sample.scheduler) == (2.0, 2, "fidelity")
     assert (given.sample.guidance_scale, given.sample.scheduler, given.sample.seed) == (0.0, "ddpm", 9)
 
 

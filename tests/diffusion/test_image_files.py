@@ -46,7 +46,7 @@ def source(request, tmp_path_factory):
     """Of colour images without labels, and of grey ones with them."""
     base = load_base(str(BASES[request.param](tmp_path_factory.mktemp("base") / "base")))
     labels = NAMES if request.param == "pixel_classes" else None
-    return Painted(base, recipe.Sample(), labels, labels and (10, 11), None, 3, torch.float32, "cpu")
+    return Painted(base, recipe.Sample(scheduler="fidelity"), labels, labels and (10, 11), None, 3, torch.float32, "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -182,8 +182,8 @@ def test_never_more_than_a_shard_is_in_memory(source, tmp_path, parquet, monkeyp
 def test_other_options_into_the_same_folder_are_refused_with_the_difference(source, tmp_path):
     write_images(tmp_path, source, 2)
     before = contents(tmp_path)
-    other = dataclasses.replace(source, sample=dataclasses.replace(source.sample, seed=5, scheduler="fidelity"))
-    with pytest.raises(UserError, match="scheduler: utility before, fidelity now; seed: 0 before, 5 now"):
+    other = dataclasses.replace(source, sample=dataclasses.replace(source.sample, seed=5, scheduler="ddpm"))
+    with pytest.raises(UserError, match="scheduler: fidelity before, ddpm now; seed: 0 before, 5 now"):
         write_images(tmp_path, other, 2)
     for arguments in ({"num_images": 3}, {"num_images": 2, "first_image": 1}, {"num_images": 2, "parquet": True}):
         with pytest.raises(UserError, match="asked for otherwise"):
@@ -233,6 +233,6 @@ def test_large_images_make_small_shards_and_small_grids(source, tmp_path, monkey
 def test_the_record_says_what_makes_the_images_again(source, tmp_path):
     write_images(tmp_path, source, 2)
     record = json.loads((tmp_path / image_files.RECORD).read_text())
-    assert record["seed"] == 0 and record["scheduler"] == "utility" and record["num_images"] == 2
+    assert record["seed"] == 0 and record["scheduler"] == "fidelity" and record["num_images"] == 2
     assert record["class_labels"] == (source.labels and list(source.labels))
     assert Image.open(BytesIO((tmp_path / "images" / "000001.png").read_bytes())).size == (16, 16)

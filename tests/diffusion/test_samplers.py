@@ -66,7 +66,7 @@ def test_pixels_are_those_of_the_pipelines_of_diffusers(bases, name):
 
 def test_latents_of_a_vq_base_are_decoded_as_diffusers_does(bases):
     base, folder = bases("latent_vq")
-    ours = sample_images(base, num_images=2, seed=1, num_inference_steps=STEPS)
+    ours = sample_images(base, num_images=2, seed=1, scheduler="utility", num_inference_steps=STEPS)
     pipeline = LDMPipeline(base.vae, base.unet, DDIMScheduler.from_config(base.scheduler.config))
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(2, seeded(2), num_inference_steps=STEPS, output_type="np").images
@@ -163,7 +163,8 @@ def test_churn_is_of_the_images_own_seed_too(bases):
     together = sample_images(base, num_images=3, seed=3, scheduler="fidelity", num_inference_steps=STEPS)
     alone = sample_images(base, num_images=1, first_image=2, seed=3, scheduler="fidelity", num_inference_steps=STEPS)
     assert torch.equal(together[2:], alone)
-    assert not torch.equal(together, sample_images(base, num_images=3, seed=3, num_inference_steps=STEPS))
+    steady = sample_images(base, num_images=3, seed=3, scheduler="utility", num_inference_steps=STEPS)
+    assert not torch.equal(together, steady)
 
 
 @pytest.mark.parametrize("name", ["utility", "fidelity"])
@@ -179,7 +180,15 @@ def test_a_real_network_rounds_by_one_level_at_most_between_batches(bases, name)
 def test_utility_is_what_ddim_has_always_been(bases):
     base, _ = bases("pixel_classes")
     told, settings = {"class_labels": torch.arange(3)}, {"num_images": 3, "seed": 0, "num_inference_steps": STEPS}
-    assert torch.equal(sample_images(base, told, **settings), sample_images(base, told, scheduler="ddim", **settings))
+    utility, ddim = (sample_images(base, told, scheduler=name, **settings) for name in ("utility", "ddim"))
+    assert torch.equal(utility, ddim)
+
+
+@pytest.mark.parametrize(("base_name", "name"), [("pixel_classes", "fidelity"), ("edm", "utility")])
+def test_no_scheduler_is_the_one_that_the_ablations_chose_where_they_measured(bases, base_name, name):
+    base, _ = bases(base_name)
+    told, settings = {"class_labels": torch.arange(3)}, {"num_images": 3, "seed": 0, "num_inference_steps": STEPS}
+    assert torch.equal(sample_images(base, told, **settings), sample_images(base, told, scheduler=name, **settings))
 
 
 @pytest.mark.parametrize(("base_name", "names"), [("pixel_classes", SCHEDULERS), ("edm", EDM_SCHEDULERS)])
@@ -233,7 +242,8 @@ def test_guidance_one_is_no_guidance_and_guidance_follows_the_formula(bases, mon
     monkeypatch.setattr(DDIMScheduler, "step", spy)
     told = {"class_labels": torch.tensor([4])}
     for scale in (1.0, 3.0, 0.0):
-        sample_images(base, told, num_images=1, seed=0, guidance_scale=scale, num_inference_steps=1)
+        settings = {"guidance_scale": scale, "scheduler": "utility", "num_inference_steps": 1}
+        sample_images(base, told, num_images=1, seed=0, **settings)
     null = base.layout.null_class
     assert seen == [[4.0], [null + 3.0 * (4 - null)], [null]]
 
