@@ -162,7 +162,7 @@ def report() -> None:
     for axis, changes in AXES.items():
         for name in changes if axis.startswith("K") else ("reference", *changes):
             if name in done:
-                lines = [line for (setting, _), line in results().items() if setting == name]
+                lines = [line for (setting, _), line in results().items() if setting in (name, f"{name}, first time")]
                 cells = [_cell([line[kind] for line in lines]) for kind in ("cnn", "logistic_regression")]
                 sigma = f"{lines[0]['noise_multiplier']:.3g}"
                 print(f"| {axis} | {name} | {' | '.join(cells)} | {sigma} |")
@@ -182,8 +182,8 @@ def draw(done: set[str]) -> None:
 
     rows = [(axis, name) for axis, changes in AXES.items() for name in changes if name in done]
     figure, axes = plt.subplots(figsize=(8, 0.32 * len(rows) + 1.2))
-    reference = [100 * line["cnn"] for (setting, _), line in results().items() if setting == "reference"]
-    axes.axvspan(min(reference), max(reference), color="0.85", label="reference, both seeds")
+    reference = [100 * line["cnn"] for (setting, _), line in results().items() if setting.startswith("reference")]
+    axes.axvspan(min(reference), max(reference), color="0.85", label="reference, twice with both seeds")
     for height, (_, name) in enumerate(rows):
         values = [100 * line["cnn"] for (setting, _), line in results().items() if setting == name]
         axes.plot(values, [height] * len(values), "o-", color="C0", markersize=4)

@@ -49,7 +49,7 @@ def sample_images(
     num_images: int,
     first_image: int = 0,
     seed: int,
-    scheduler: str | None = None,
+    scheduler: str | None = "utility",
     num_inference_steps: int = 25,
     guidance_scale: float = 1.0,
     batch_size: int | None = None,
@@ -68,7 +68,7 @@ def sample_images(
     Raises:
         UserError: a scheduler that does not fit, guidance asked of a base that has no null class, or too many at once.
     """
-    conditions = conditions or {}
+    conditions, scheduler = conditions or {}, scheduler or default_scheduler(base)
     if guidance_scale != 1.0 and base.text is None and (not conditions or base.layout.null_class is None):
         raise UserError("--guidance_scale needs a base with a null class; this one has none. Leave it at 1.")
     size, parts = batch_size or default_batch_size(base), []
@@ -117,19 +117,16 @@ class Sampler:
     churn: bool = False
 
 
-def make_sampler(
-    base: BaseModel, name: str | None, num_inference_steps: int, device: torch.device | str = "cpu"
-) -> Sampler:
+def make_sampler(base: BaseModel, name: str, num_inference_steps: int, device: torch.device | str = "cpu") -> Sampler:
     """A sampler on the base's own noise schedule: a preset, a short name, or a class of diffusers.
 
     `utility` is deterministic: DDIM with eta 0 (Song et al. 2010.02502), or Euler steps on an EDM base. `fidelity` is
-    stochastic: DDIM with eta 1, or Heun steps with churn, which ask the network twice. None: `default_scheduler`.
+    stochastic: DDIM with eta 1, or Heun steps with churn, which ask the network twice.
 
     Raises:
         UserError: diffusers has no such scheduler, or it is not one for this base or this number of steps.
     """
     edm, names = isinstance(base.scheduler, EDMEulerScheduler), known_schedulers(base)
-    name = name or default_scheduler(base)
     kind = names.get(name, name)
     if kind not in (EDM_SCHEDULERS.values() if edm else EXCHANGEABLE):
         noise = "continuous noise levels (EDM)" if edm else "discrete timesteps"
@@ -155,9 +152,9 @@ def known_schedulers(base: BaseModel) -> dict[str, str]:
     return EDM_SCHEDULERS if isinstance(base.scheduler, EDMEulerScheduler) else SCHEDULERS
 
 
-def _misfit(base: BaseModel, name: str | None, num_inference_steps: int, error: Exception) -> UserError:
+def _misfit(base: BaseModel, name: str, num_inference_steps: int, error: Exception) -> UserError:
     return UserError(
-        f"--scheduler {name or 'none'} with {num_inference_steps} steps does not fit this base: {error}. "
+        f"--scheduler {name} with {num_inference_steps} steps does not fit this base: {error}. "
         f"Try {', '.join(known_schedulers(base))}, or another --num_inference_steps."
     )
 

@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from dp_peft_diffusion.diffusion.adapter_kinds import KINDS, rows_alone
 from dp_peft_diffusion.diffusion.base_model import BaseModel
 from dp_peft_diffusion.diffusion.conditions import class_prompts
+from dp_peft_diffusion.diffusion.samplers import default_scheduler
 from dp_peft_diffusion.errors import PrivacyError
 from dp_peft_diffusion.privacy.certificate_form import LORA_FILE
 from dp_peft_diffusion.privacy.certificate_levels import LEVELS
@@ -101,6 +102,7 @@ def snippet_facts(recipe: Recipe, trained_on: BaseModel) -> dict[str, Any]:
         "unet_class": type(trained_on.unet).__name__,
         "scheduler_class": "EDMEulerScheduler" if "sigma_data" in trained_on.scheduler.config else "DDIMScheduler",
         "steps": recipe.sample.num_inference_steps,
+        "step_options": ", eta=1.0" if stochastic(recipe, trained_on) else "",
         # The loop is written out for pixels, where nothing has to be decoded, and for folders as pipelines have them.
         "denoises_pixels": not trained_on.is_latent and (whole or trained_on.subfolder is not None),
         "input_shape": ", ".join(map(str, trained_on.input_shape)),
@@ -110,6 +112,12 @@ def snippet_facts(recipe: Recipe, trained_on: BaseModel) -> dict[str, Any]:
         "null_class": null,
         "guidance": guidance if guidance != 1 and null is not None and rows not in (None, (null,)) else None,
     }
+
+
+def stochastic(recipe: Recipe, trained_on: BaseModel) -> bool:
+    """Whether the recipe samples with DDIM of eta 1."""
+    name = recipe.sample.scheduler or default_scheduler(trained_on)
+    return name == "fidelity" and "sigma_data" not in trained_on.scheduler.config
 
 
 def base_place(base: str, whole: bool) -> str:

@@ -46,7 +46,9 @@ def source(request, tmp_path_factory):
     """Of colour images without labels, and of grey ones with them."""
     base = load_base(str(BASES[request.param](tmp_path_factory.mktemp("base") / "base")))
     labels = NAMES if request.param == "pixel_classes" else None
-    return Painted(base, recipe.Sample(scheduler="fidelity"), labels, labels and (10, 11), None, 3, torch.float32, "cpu")
+    return Painted(
+        base, recipe.Sample(scheduler="fidelity"), labels, labels and (10, 11), None, 3, torch.float32, "cpu"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -114,6 +114,8 @@ def test_the_stock_snippet_of_a_card_gives_the_adapted_model_and_images(carded):
     elif not base.is_latent:
         n = 2 if recipe.data.class_names else 8
         assert found["images"].shape == (n, base.image_channels, 16, 16) and found["images"].isfinite().all()
+        stochastic = "sigma_data" not in base.scheduler.config and recipe.sample.scheduler in (None, "fidelity")
+        assert ("eta=1.0" in card) == stochastic, "the sampler of the run's own grids"
     assert found.get("class_rows", []) == list(recipe.adapter.class_rows or [])
 
 
