@@ -40,7 +40,7 @@ TEXTS = {
 }
 SMALL = [
     "--target_modules", "to_q,to_out.0", "--max_train_steps", "2", "--micro_batch_size", "8", "--noise_multiplier", "4",
-    "--sample_num_images", "4", "--sample_num_inference_steps", "2",
+    "--noise_multiplicity", "1", "--sample_num_images", "4", "--sample_num_inference_steps", "2",
 ]  # fmt: skip
 HIDDEN = [
     "--neighboring_relation", "add_or_remove_one", "--sampling_prob", "0.001", "--train_batch_size", "10",
