@@ -34,8 +34,8 @@ def trained(place, request):
     output = invoke(
         "train", "--adapter", request.param, "--epsilon", "8", "--pretrained_model_name_or_path", place / "tiny-base",
         "--dataset_name", place / "images", "--output_dir", folder, "--train_batch_size", "12",
-        "--max_train_steps", "2", "--noise_multiplicity", "1", "--rank", "2", "--sample_num_images", "4", "--sample_num_inference_steps", "2",
-        "--micro_batch_size", "6",
+        "--max_train_steps", "2", "--noise_multiplicity", "1", "--rank", "2", "--micro_batch_size", "6",
+        "--sample_num_images", "4", "--sample_num_inference_steps", "2",
     )  # fmt: skip
     return request.param, folder, output
 
