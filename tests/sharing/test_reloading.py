@@ -272,6 +272,9 @@ def test_an_adapter_that_does_nothing_is_caught(here, bases, tmp_path):
         check_reload(base, adapter, conditions, folder, None)
 
 
+GIVEN = {"trained": torch.tensor([0.5, -30.0])}
+
+
 @pytest.mark.parametrize(
     ("found", "message"),
     [
@@ -283,40 +286,12 @@ def test_an_adapter_that_does_nothing_is_caught(here, bases, tmp_path):
         ({"error": "TypeError: x"}, "tool cannot load the exported weights: TypeError: x"),
     ],
 )
-def test_outputs_within_the_limit_agree_and_nan_is_no_agreement(found, message):
+def test_the_tolerance_is_relative_to_the_outputs_and_nan_is_no_agreement(found, message):
     if message is None:
-        judge("tool", found, 3, limit=3e-4)
+        judge("tool", found, 3, GIVEN)
         return
     with pytest.raises(RunError, match=message):
-        judge("tool", found, 3, limit=3e-4)
-
-
-@pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_the_tolerance_is_relative_to_the_outputs(here, bases, tmp_path, monkeypatch, scale):
-    base, adapter, conditions, folder = exported(bases, "pixel", tmp_path / "run", "full")
-    stock = stock_reload.reload
-    found = {"layers": 0, "difference": 5e-5, "change": 0.1}
-    monkeypatch.setattr(reloading, "in_fresh_process", lambda job: stock(job) and {"whole": found})
-    adapter.unet.conv_out.weight.data *= scale
-    adapter.unet.conv_out.bias.data *= scale
-    write(base, adapter, folder)
-    if scale == 1.0:
-        with pytest.raises(RunError, match="differ from the trained by 5e-05"):
-            check_reload(base, adapter, conditions, folder, None)
-    else:
-        check_reload(base, adapter, conditions, folder, None)
-
-
-def test_large_weights_are_not_refused_for_being_rounded_to_float32(here, bases, tmp_path, monkeypatch):
-    base, (adapter, conditions) = load(bases, "pixel_classes"), trained(load(bases, "pixel_classes"), Adapter(rank=2))
-    for parameter in adapter.trainable.values():
-        parameter.data *= 10
-    folder = write(base, adapter, tmp_path / "run")
-    monkeypatch.setattr(reloading, "TOLERANCE", 1e-9)  # as if the outputs magnified the rounding of the rows so much
-    assert check_reload(base, adapter, conditions, folder, None).difference > 1e-8
-    adapter.class_rows.codes.weight.data[0] *= 1.001
-    with pytest.raises(RunError, match="differ from the trained"):
-        check_reload(base, adapter, conditions, folder, None)
+        judge("tool", found, 3, GIVEN)
 
 
 def test_what_stock_tools_raise_is_told(here, bases, tmp_path, monkeypatch):
