@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
+from torch import nn
 
 from dp_peft_diffusion.diffusion.adapters import Adapter
 from dp_peft_diffusion.diffusion.base_folder import find_folder
@@ -78,8 +80,11 @@ def check_reload(
     """
     place = check_files(base, adapter, folder, document)
     given = made_up_inputs(base, conditions)
-    for name, network in (("before", base.unet), ("trained", adapter.unet)):  # one copy at a time
-        given[name] = stock_reload.answers(copy.deepcopy(network).cpu(), given).contiguous()
+    for name, copied in (
+        ("before", lambda: copy.deepcopy(base.unet)),
+        ("trained", lambda: as_float32_holds_it(adapter)),
+    ):
+        given[name] = stock_reload.answers(copied().cpu(), given).contiguous()  # one copy at a time
     loaders = ["whole"] if adapter.config is None else ["peft"]
     if (folder / LORA_FILE).is_file():
         loaders.append("diffusers")
@@ -97,6 +102,27 @@ def check_reload(
         difference=max(found[name]["difference"] for name in loaders),
         change=found[loaders[0]]["change"],
     )
+
+
+@torch.no_grad()
+def as_float32_holds_it(adapter: Adapter) -> nn.Module:
+    """A copy of the trained net, with class rows that travel whole, and alpha folded into B, as float32 has them.
+
+    Outputs are compared in float64, in which the trained net would go without these two roundings of its export, and
+    large weights would magnify the difference. Both are computed here from the layers that trained, not from the
+    files, which remain what is checked.
+    """
+    unet = copy.deepcopy(adapter.unet)
+    for layer in unet.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_B["default"].weight *= layer.scaling["default"]
+            layer.scaling["default"] = 1.0
+    rows = copy.deepcopy(adapter.class_rows)
+    as_lora = isinstance(adapter.config, LoraConfig) and CLASS_TABLE in adapter.config.rank_pattern
+    if rows is not None and not as_lora:
+        every = torch.arange(len(rows.class_of_row), device=rows.rows.device)
+        unet.class_embedding = nn.Embedding.from_pretrained(rows(every))
+    return unet
 
 
 def check_class_table(base: BaseModel, adapter: Adapter, folder: Path) -> None:

@@ -27,13 +27,13 @@ def load(folder, family, **settings):
     return load_base(str(place if place.is_dir() else BASES[family](place)), **settings)
 
 
-def trained(base, spec):
-    """An adapter that has moved, and what the network is told of two classes."""
+def trained(base, spec, size=0.1):
+    """An adapter whose numbers have moved by about `size`, and what the network is told of two classes."""
     labelled = base.num_class_embeds is not None
     adapter = inject_adapter(base, spec, len(CLASSES) if labelled else 0)
     torch.manual_seed(0)
     for parameter in adapter.trainable.values():
-        parameter.data += 0.1 * torch.randn_like(parameter)
+        parameter.data += size * torch.randn_like(parameter)
     rows = adapter.class_rows.rows.tolist() if labelled else None
     return adapter, condition_table(base, rows, CLASSES, "{label}")
 

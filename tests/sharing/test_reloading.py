@@ -94,6 +94,17 @@ def test_class_rows_travel_whole_or_as_lora(here, bases, tmp_path, code_rank):
         check_reload(base, adapter, conditions, folder, None)
 
 
+@pytest.mark.parametrize("code_rank", [None, 2])
+def test_weights_so_large_that_they_magnify_the_rounding_of_float32_come_back_all_the_same(
+    here, bases, tmp_path, code_rank
+):
+    base = load(bases, "pixel_classes")
+    spec = Adapter(rank=2, lora_alpha=6.1, class_code_rank=code_rank)
+    adapter, conditions = trained(base, spec, size=1000.0)
+    folder = write(base, adapter, tmp_path / "run")
+    assert check_reload(base, adapter, conditions, folder, None).difference < 1e-9
+
+
 MANY = 150  # classes, more than there are conditions
 
 
