@@ -44,12 +44,12 @@ SMALL = [
 ]  # fmt: skip
 HIDDEN = [
     "--neighboring_relation", "add_or_remove_one", "--sampling_prob", "0.001", "--train_batch_size", "10",
-    "--group_column", "owner", "--max_examples_per_group", "2", "--class_names", "red,blue",
+    "--group_column", "owner", "--max_examples_per_group", "2", "--class_names", "red,blue", "--gamma", "0.01",
 ]  # fmt: skip
 KNOWN = ["--train_batch_size", "3"]
 TOLD = [
     "--train_batch_size", "3", "--caption_column", "caption", "--sample_prompts", "a cat", "--augmentations", "shift",
-    "--output_dir", "runs/told",
+    "--gamma", "0.01", "--output_dir", "runs/told",
 ]  # fmt: skip
 SPY = """
 import json, os, shutil, sys
