@@ -157,6 +157,8 @@ def write_weights(base: BaseModel, adapter: Adapter, folder: Path) -> None:
             f"the weights could not be written to {folder}: {error}. Nothing was published and nothing is lost: make "
             "room, then type the same command to go on."
         ) from error
+    for path in folder.rglob("*.safetensors"):  # the library makes files for their owner alone
+        path.chmod(next(path.parent.glob("*.json")).stat().st_mode)
 
 
 def write_other_files(base: BaseModel, adapter: Adapter, folder: Path, document: dict) -> None:

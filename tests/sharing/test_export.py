@@ -98,6 +98,12 @@ def test_weights_that_were_not_certified_are_found_in_any_subfolder(exported, tm
     assert file in failed["files"] and "not certified" in failed["files"]
 
 
+def test_whoever_may_read_the_certificate_may_read_the_weights(exported):
+    folder, *_ = exported
+    modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
+    assert len(modes) == 1
+
+
 def test_an_exported_folder_verifies(exported):
     folder, *_, facts = exported
     assert verify(folder).ok
