@@ -44,6 +44,7 @@ ELSEWHERE = {
     "torch.arange(1937": "tests/invariants/test_readme.py runs it on the real base",
     "StableDiffusionXLPipeline.from_pretrained": "tests/diffusion/test_merging.py does the same with small pipelines",
     'Case("unet2d-4.6m"': "a measurement of minutes; tests/evaluation/test_benchmark.py measures less",
+    'load_lora_weights("adapters/': "tests/sharing/test_gallery.py runs it on the real base",
     "inject_into(transformer": "a line of a larger program; tests/diffusion/test_adapter_kinds.py does the same",
 }
 TUTORIALS = ROOT / "docs" / "tutorials"  # tests/test_tutorials.py runs them as they stand

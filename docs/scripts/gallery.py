@@ -27,8 +27,8 @@ def folders() -> dict[str, dict]:
 def adapter_table() -> str:
     """One row for each released adapter."""
     rows = [
-        "| adapter | images | base | epsilon, with earlier | of them | accuracy | kB |",
-        "|---|---|---|---|---|---|---|",
+        "| adapter | images | base | epsilon | earlier files in it | runs before, not in it | accuracy | kB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, measured in folders().items():
         folder = ADAPTERS / name
@@ -40,7 +40,8 @@ def adapter_table() -> str:
             measured["images"],
             f"`{document['base']['name']}`",
             f"{document['guarantee']['epsilon']:g}",
-            f"{earlier} earlier" if earlier else "none",
+            f"{earlier or 'none'}",
+            f"{document['tuning']['runs']}",
             measured["accuracy"],
             f"{size / 1e3:,.0f}",
         ]
