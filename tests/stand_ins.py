@@ -182,7 +182,7 @@ class StandIns:
         """A tiny base under the name of each built-in one; those that read text are Stable Diffusion's kind."""
         folder = self.place / "builtin"
         layout = BaseLayout(pixel_packing=2, null_class=20, spare_classes=(21, 60), class_code_rank=16)
-        for real in base_model.BUILTIN_BASES.glob("*/"):
+        for real in (path.parent for path in base_model.BUILTIN_BASES.glob("*/scheduler")):
             if (real / "text_encoder").is_dir():
                 stable_diffusion_1(folder / real.name)
             else:

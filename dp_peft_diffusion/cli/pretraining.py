@@ -17,12 +17,12 @@ from dp_peft_diffusion.recipe import PATH_TO_IMAGES, PretrainRecipe, load_pretra
 @click.option(
     "--output_dir",
     type=click.Path(path_type=Path),
-    help="Folder of the run.  [runs/RECIPE-base; runs/RECIPE for an autoencoder]",
+    help="Folder of the run.  [runs/RECIPE-base; runs/RECIPE for an autoencoder or features]",
 )
 @recipe_options(PretrainRecipe(dataset_name=""))
 @click.pass_context
 def pretrain(ctx: click.Context, **params: Any) -> None:
-    """Pretrain a base, or its autoencoder, on PUBLIC images. This is NOT private.
+    """Pretrain a base, its autoencoder or a net for features, on PUBLIC images. This is NOT private.
 
     Nothing protects these images: whoever gets the base may find them in it. Private images belong to `dp-peft train`.
     To go on after a stop, type the same command again. Options stand over the recipe, the recipe over the values in
@@ -42,6 +42,10 @@ def pretrain(ctx: click.Context, **params: Any) -> None:
     if recipe.kind == "autoencoder":
         click.echo(f"Done. Autoencoder, NOT private: {made}")
         hint(f"Train a base on its latents:\n  {latent_command(recipe, name, made)}")
+    elif recipe.kind == "features":
+        click.echo(f"Done. Features, NOT private: {made}")
+        follow = command_line("evaluate", "FOLDER_OR_IMAGES", "--dataset_name", PATH_TO_IMAGES, "--features", made)
+        hint(f"Compare synthetic with real images in them:\n  {follow}")
     else:
         click.echo(f"Done. Base, NOT private: {made}")
         words = ("--pretrained_model_name_or_path", made, "--dataset_name", PATH_TO_IMAGES, "--epsilon", 1)
@@ -51,9 +55,8 @@ def pretrain(ctx: click.Context, **params: Any) -> None:
 def run_name(recipe: PretrainRecipe, path: Path | None) -> str:
     """Name of the run's folder: that of its recipe, or else what it learns from."""
     stem = Path(recipe.dataset_name).stem if path is None else path.stem
-    if recipe.kind != "autoencoder":
-        return f"{stem}-base"
-    return stem if stem.endswith("-vae") else f"{stem}-vae"
+    suffix = {"autoencoder": "-vae", "features": "-features"}.get(recipe.kind, "-base")
+    return stem if suffix != "-base" and stem.endswith(suffix) else stem + suffix
 
 
 def latent_command(recipe: PretrainRecipe, name: str | None, autoencoder: Path) -> str:

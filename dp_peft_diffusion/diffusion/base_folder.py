@@ -31,8 +31,8 @@ def find_folder(name: str, revision: str | None) -> Path:
     """
     if name.startswith("builtin:"):
         folder = BUILTIN_BASES / name.removeprefix("builtin:")
-        if not folder.is_dir():
-            known = ", ".join(f"builtin:{path.name}" for path in sorted(BUILTIN_BASES.glob("*/")))
+        if not (folder / "scheduler").is_dir():  # features lie there too, and are no base
+            known = ", ".join(f"builtin:{path.parent.name}" for path in sorted(BUILTIN_BASES.glob("*/scheduler")))
             raise UserError(f"--pretrained_model_name_or_path {name!r} is not a built-in base. There is: {known}")
         return folder
     path = Path(name)

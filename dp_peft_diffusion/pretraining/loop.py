@@ -15,10 +15,12 @@ from dp_peft_diffusion.pretraining.autoencoder import Reconstruction
 from dp_peft_diffusion.pretraining.captions import Captions
 from dp_peft_diffusion.pretraining.checkpoints import resume, write_checkpoint
 from dp_peft_diffusion.pretraining.denoising import Denoising
+from dp_peft_diffusion.pretraining.features import Recognition
 from dp_peft_diffusion.pretraining.handwriting import Handwriting
 from dp_peft_diffusion.recipe import PretrainRecipe, to_yaml
 
-Task = Handwriting | Denoising | Reconstruction | Captions  # what trains, its loss, and what it leaves behind
+# What trains, its loss, and what it leaves behind.
+Task = Handwriting | Denoising | Reconstruction | Captions | Recognition
 
 
 def pretrain(recipe: PretrainRecipe, output_dir: Path) -> Path:
@@ -27,7 +29,8 @@ def pretrain(recipe: PretrainRecipe, output_dir: Path) -> Path:
     On a CPU a resumed run ends in the same bits as an uninterrupted one.
 
     Returns:
-        The folder of the base, or of the autoencoder, with the averaged weights, as stock `from_pretrained` reads it.
+        The folder of the base, the autoencoder or the feature net, with the averaged weights, as `from_pretrained`
+        reads it.
 
     Raises:
         UserError: the images do not suit the recipe, or the folder holds a pretraining by another recipe.
@@ -58,7 +61,9 @@ def pretrain(recipe: PretrainRecipe, output_dir: Path) -> Path:
 
 def make_task(recipe: PretrainRecipe, device: torch.device) -> Task:
     """The recipe's kind of pretraining, on `device`."""
-    kinds: dict[str, type[Task]] = {"handwriting": Handwriting, "autoencoder": Reconstruction, "captions": Captions}
+    kinds: dict[str, type[Task]] = {
+        "handwriting": Handwriting, "autoencoder": Reconstruction, "captions": Captions, "features": Recognition
+    }  # fmt: skip
     return kinds.get(recipe.kind, Denoising)(recipe, device)
 
 

@@ -145,6 +145,6 @@ def certified_base(folder: Path) -> dict[str, str | None] | None:
 def _base_folder(name: str, given: Path | None) -> Path | None:
     if given is not None or not name.startswith("builtin:"):
         return given
-    if not re.fullmatch("builtin:[a-z0-9_]{1,60}", name) or not (BUILTIN_BASES / name[8:]).is_dir():
+    if not re.fullmatch("builtin:[a-z0-9_]{1,60}", name) or not (BUILTIN_BASES / name[8:] / "scheduler").is_dir():
         raise PrivacyError(f"{name[:80]} is no base of this version.")
     return BUILTIN_BASES / name[8:]

@@ -176,12 +176,12 @@ _ONLY_OF = {
     "vae": ("latent", "captions"),
     "latent_channels": ("autoencoder",),
     "kl_weight": ("autoencoder",),
-    "characters": ("autoencoder", "captions"),
-    "invert": ("handwriting", "autoencoder", "captions"),
+    "characters": ("autoencoder", "captions", "features"),
+    "invert": ("handwriting", "autoencoder", "captions", "features"),
     "class_code_rank": ("handwriting", "captions"),
-    "pixel_packing": ("handwriting", "pixel"),
-    "center_crop": ("pixel", "autoencoder", "latent", "captions"),
-    "random_flip": ("pixel", "autoencoder", "latent", "captions"),
+    "pixel_packing": ("handwriting", "pixel", "features"),
+    "center_crop": ("pixel", "autoencoder", "latent", "captions", "features"),
+    "random_flip": ("pixel", "autoencoder", "latent", "captions", "features"),
     "caption_column": ("captions",),
     "prompt_template": ("captions",),
     "spare_words": ("captions",),
@@ -209,6 +209,8 @@ def _check_pretraining(recipe: PretrainRecipe) -> None:
         )
     if recipe.kind == "captions":
         _check_captions(recipe)
+    if recipe.kind == "features" and recipe.label_column is None:
+        raise UserError("--kind features learns to tell classes apart. Give a --label_column.")
     _check_characters(recipe)
     _check_sizes(recipe)
 
@@ -252,7 +254,8 @@ def _check_sizes(recipe: PretrainRecipe) -> None:
             f"--block_out_channels {','.join(map(str, widths))}. Change one of them."
         )
     with_heads = {widths[level] for level in attention} | {widths[-1]}  # the middle has attention, too
-    if recipe.kind != "autoencoder" and any(width % recipe.attention_head_dim for width in with_heads):
+    headless = recipe.kind in ("autoencoder", "features")
+    if not headless and any(width % recipe.attention_head_dim for width in with_heads):
         raise UserError(
             f"--attention_head_dim {recipe.attention_head_dim} (attention_head_dim in a recipe) does not divide the "
             f"widths that have attention: {','.join(map(str, sorted(with_heads)))}. Change one of them."

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from dp_peft_diffusion.recipe.sections import MAX_SEED, MAX_TEXT, PREDICTION_TYPES
 from dp_peft_diffusion.typed_fields import option
 
-PRETRAIN_KINDS = ("handwriting", "pixel", "autoencoder", "latent", "captions")
+PRETRAIN_KINDS = ("handwriting", "pixel", "autoencoder", "latent", "captions", "features")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
@@ -16,7 +16,7 @@ class PretrainRecipe:
     kind: str = option(
         "pixel",
         choices=PRETRAIN_KINDS,
-        help="what is made: a UNet on pixels, an autoencoder, a UNet on its latents, or one on them with prompts",
+        help="what is made: a UNet on pixels, an autoencoder, a UNet on its latents, one with prompts, or features",
     )
     dataset_name: str = option(help="PUBLIC images: a folder, parquet files, a Hub name")
     split: str = option("train", help="split of the data set")
@@ -27,7 +27,7 @@ class PretrainRecipe:
     center_crop: bool = option(False, help="cut the middle square out instead of resizing the whole image")
     random_flip: bool = option(False, help="mirror half of the images, left to right")
     characters: bool = option(
-        False, help="of autoencoder and captions: the images are characters, changed at random as for handwriting"
+        False, help="of autoencoder, captions and features: characters, changed at random as for handwriting"
     )
     invert: bool = option(False, help="of characters: the images are dark on light; the base learns light on dark")
     resolution: int = option(32, at_least=8, help="side of the images in pixels")
@@ -37,7 +37,7 @@ class PretrainRecipe:
     latent_channels: int = option(3, at_least=1, help="of autoencoder: channels of its latents")
     kl_weight: float = option(1e-6, at_least=0, help="of autoencoder: weight of KL beside the summed error")
     block_out_channels: tuple[int, ...] = option((32, 64, 96), at_least=1, help="width of each level of the net")
-    layers_per_block: int = option(1, at_least=1, help="residual blocks in each level")
+    layers_per_block: int = option(1, at_least=1, help="residual blocks in each level; of features: convolutions")
     attention_levels: tuple[int, ...] | None = option(
         None, at_least=0, help="levels with attention, 0 is the finest; none: only between the way down and up"
     )

@@ -31,6 +31,8 @@ def invoke(*words):
         (["--recipe", "imagenet64-vae"], "autoencoder", "runs/imagenet64-vae"),
         (["--kind", "pixel"], "pixel", "runs/birds-base"),
         (["--kind", "autoencoder"], "autoencoder", "runs/birds-vae"),
+        (["--recipe", "handwriting-features"], "features", "runs/handwriting-features"),
+        (["--kind", "features"], "features", "runs/birds-features"),
         (["--recipe", "handwriting", "--output_dir", "here"], "handwriting", "here"),
     ],
 )
@@ -42,7 +44,8 @@ def test_each_kind_has_its_folder_and_says_before_and_after_that_it_is_not_priva
     assert result.stdout.count("NOT private") == 2 and f"{folder}/made" in result.stdout
     follow = result.stderr.splitlines()[-1].strip()
     check_command(follow)
-    assert ("--vae" if kind == "autoencoder" else "dp-peft train") in follow and "--dataset_name" in follow
+    begin = {"autoencoder": "--vae", "features": "dp-peft evaluate"}.get(kind, "dp-peft train")
+    assert begin in follow and "--dataset_name" in follow
     assert "--dataset_name pictures/birds" not in follow or kind == "autoencoder", "public images are no private ones"
 
 

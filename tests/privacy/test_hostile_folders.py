@@ -121,6 +121,10 @@ def base_elsewhere(folder):
     strangers.write_base_of(folder, name="builtin:../bases/handwriting")
 
 
+def no_base(folder):
+    strangers.write_base_of(folder, name="builtin:handwriting_features")
+
+
 def pipe(folder):
     (folder / "adapter_config.json").unlink()
     os.mkfifo(folder / "adapter_config.json")
@@ -234,6 +238,7 @@ HOSTILE = {
 AGAINST_A_CERTIFICATE = {
     "another base than certified": (wrong_base, "trained on builtin:handwriting with weights 000000000000"),
     "a base outside the package": (base_elsewhere, "is no base of this version"),
+    "a net for features as its base": (no_base, "is no base of this version"),
     "a certificate of no base": (lambda f: (f / "privacy.json").write_text("{}"), "privacy.json names no base"),
     "a certificate that is a list": (lambda f: (f / "privacy.json").write_text("[]"), "privacy.json names no base"),
     "a base without a hash": (lambda f: strangers.write_base_of(f, sha256=None), "no SHA-256 of the base"),

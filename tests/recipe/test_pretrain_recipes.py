@@ -43,7 +43,7 @@ OMNIGLOT = {
     "Sanskrit": 42, "Tagalog": 17,
 }  # fmt: skip
 OF_A_FILE = {"_name_or_path": None, "_diffusers_version": None}  # says nothing of the net
-NAMES = sorted([*AUTOENCODERS, *UNETS, "handwriting-captions"])
+NAMES = sorted([*AUTOENCODERS, *UNETS, "handwriting-captions", "handwriting-features"])
 
 
 def shipped(name, **changes):
