@@ -1,26 +1,22 @@
 """Utility of synthetic images: classifiers trained on them, tested on real images.
 
-The protocol of Ghalebikesabi et al. (arXiv 2302.13861, section 4) and DPDM (2210.09929, section 5): logistic
-regression and a small convolutional net see no real image before they are tested.
+The protocol of Ghalebikesabi et al. (arXiv 2302.13861, section 4) and DPDM (2210.09929, section 5): classifiers see no
+real image before they are tested, and nothing of them, not even the epoch, is chosen by how the test goes.
 """
 
-import csv
 from collections.abc import Sequence
-from io import BytesIO
-from pathlib import Path
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
-import torch
-from PIL import Image
-from sklearn.linear_model import LogisticRegression
-from torch import nn
+from sklearn.metrics import confusion_matrix
 
 from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.evaluation.classifiers import predict, training_of
+from dp_peft_diffusion.evaluation.synthetic_images import load_synthetic, to_side
 
-EPOCHS = 20
-LEARNING_RATE = 3e-3
-BATCH = 100
+__all__ = ["NOT_COVERED", "evaluate", "learning_curve", "load_synthetic", "reference", "to_side"]
+DEFAULT_CLASSIFIERS = ("logistic_regression", "cnn")
 NOT_COVERED = (
     "These numbers were computed from real private images without noise: the privacy guarantee of the "
     "synthetic images does not cover them. Publish them only if the images they were tested on may be published."
@@ -33,145 +29,193 @@ def evaluate(
     real_images: np.ndarray,  # (m, c, h, w) uint8
     real_labels: np.ndarray,  # (m,) class indices
     *,
-    seed: int = 0,
     declared_public: bool = False,
-) -> dict:
-    """Accuracy on real images of a logistic regression and a small CNN trained on synthetic ones.
+    **how: Any,
+) -> dict[str, Any]:
+    """How many real images are classified right by classifiers trained on synthetic ones.
 
-    Returns, for each of `logistic_regression` and `cnn`, `accuracy` and `per_class_accuracy` (by class index); the
-    counts of images; and, unless the real images are declared public, `covered_by_guarantee` False and a `statement`.
+    Args:
+        synthetic_images: to train on.
+        synthetic_labels: their classes.
+        real_images: to test on, once.
+        real_labels: their classes.
+        declared_public: the real images need no protection.
+        how: as of `train_and_test`.
+
+    Returns:
+        What `train_and_test` gives, the counts of images, and, unless the real images are declared public,
+        `covered_by_guarantee` False and a `statement`: every number tells of the real images.
 
     Raises:
-        UserError: images of other shapes, no real images, or synthetic ones of a single class.
+        UserError: images of other shapes, no real images, synthetic ones of a single class, or no such classifier.
     """
-    if synthetic_images.shape[1:] != real_images.shape[1:]:
-        shapes = " and ".join("x".join(map(str, images.shape[1:])) for images in (synthetic_images, real_images))
-        raise UserError(f"synthetic and real images differ in shape: {shapes}. Set --evaluation_resolution.")
-    if len(real_images) == 0 or len(set(synthetic_labels.tolist())) < 2:
-        raise UserError("there must be real images, and synthetic ones of at least two classes. Sample more.")
-    predictions = {
-        "logistic_regression": _logistic_regression(synthetic_images, synthetic_labels, real_images),
-        "cnn": _cnn(synthetic_images, synthetic_labels, real_images, seed),
-    }
-    result: dict = {name: _accuracies(predicted, real_labels) for name, predicted in predictions.items()}
-    result |= {"num_synthetic_images": len(synthetic_images), "num_real_images": len(real_images), "seed": seed}
+    result = train_and_test(synthetic_images, synthetic_labels, real_images, real_labels, **how)
+    result |= {"num_synthetic_images": len(synthetic_images), "num_real_images": len(real_images)}
     if not declared_public:
         result |= {"covered_by_guarantee": False, "statement": NOT_COVERED}
     return result
 
 
-def to_side(images: np.ndarray, side: int) -> np.ndarray:
-    """(n, c, h, w) uint8 -> (n, c, side, side) uint8, each new pixel the mean of the area it covers.
+def reference(
+    training_images: np.ndarray,  # (n, c, h, w) uint8
+    training_labels: np.ndarray,  # (n,) class indices
+    real_images: np.ndarray,  # (m, c, h, w) uint8, none of them a training image
+    real_labels: np.ndarray,  # (m,) class indices
+    **how: Any,
+) -> dict[str, Any]:
+    """The same classifiers trained on real images: what synthetic ones are measured against.
 
-    Resize synthetic and real images the same way, so that classifiers see the pixels that real images have.
-    """
-    rows, columns = (_coverage(size, side) for size in images.shape[2:])
-    return np.rint(rows @ images.astype(np.float64) @ columns.T).astype(np.uint8)
+    The guarantee covers neither the numbers nor the classifiers, which saw private images without any noise.
 
-
-def load_synthetic(path: Path, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Images (n, c, h, w) uint8 and class indices (n,) of a folder that `dp-peft sample` wrote, or a parquet file.
-
-    A folder holds images/metadata.csv (or metadata.csv), with columns file_name and label, or parquet files in images/
-    (or itself); these have columns image and label. Labels are class names, or their indices.
+    Returns:
+        What `train_and_test` gives, and the counts of images.
 
     Raises:
-        UserError: no such files, labels that are no classes, or images that differ in shape.
+        UserError: as of `evaluate`.
     """
-    try:
-        rows = _read_folder(path) if path.is_dir() else _read_parquet(path)
-        arrays = [np.atleast_3d(np.asarray(image)).transpose(2, 0, 1) for image, _ in rows]
-    except KeyError as error:
-        raise UserError(
-            f"the images of {str(path)!r} have no {error}. Classifiers need a class for each: type dp-peft sample with "
-            "--class_labels, without --prompt, and an adapter that has classes."
-        ) from error
-    except (OSError, ValueError) as error:  # PIL, pyarrow and csv raise these
-        raise UserError(f"{str(path)!r} holds no labelled synthetic images ({error}). Run dp-peft sample.") from error
-    if len({(array.shape, array.dtype) for array in arrays}) != 1:
-        raise UserError(f"{str(path)!r}: the images differ in size or kind, or there are none. Sample them in one go.")
-    positions = {str(index): index for index in range(len(class_names))}
-    positions |= {name: index for index, name in enumerate(class_names)}
-    if unknown := sorted({str(label) for _, label in rows} - set(positions)):
-        raise UserError(f"{str(path)!r}: label {unknown[0]!r} is none of the classes {', '.join(class_names)}.")
-    return np.stack(arrays), np.array([positions[str(label)] for _, label in rows], np.int64)
+    result = train_and_test(training_images, training_labels, real_images, real_labels, **how)
+    return result | {"num_training_images": len(training_images), "num_real_images": len(real_images)}
 
 
-def _read_folder(folder: Path) -> list[tuple[Image.Image, str | int]]:
-    place = folder / "images" if (folder / "images").is_dir() else folder
-    if shards := sorted(place.glob("*.parquet")):
-        return [row for shard in shards for row in _read_parquet(shard)]
-    with open(place / "metadata.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return [(Image.open(BytesIO((place / row["file_name"]).read_bytes())), row["label"]) for row in rows]
+def learning_curve(
+    synthetic_images: np.ndarray,  # (n, c, h, w) uint8
+    synthetic_labels: np.ndarray,  # (n,) class indices
+    real_images: np.ndarray,  # (m, c, h, w) uint8
+    real_labels: np.ndarray,  # (m,) class indices
+    *,
+    sizes: Sequence[int] = (),
+    **how: Any,
+) -> list[dict[str, Any]]:
+    """`train_and_test` on more and more synthetic images: does sampling more of them still help?
+
+    Each point trains on all images of the point before and on further ones, all classes alike, in the order they were
+    sampled in. Epochs are the same everywhere, so steps grow with the images. The last point, of all images, is what
+    `evaluate` gives. The guarantee does not cover these numbers, unless the real images are public.
+
+    Args:
+        synthetic_images: to train on.
+        synthetic_labels: their classes.
+        real_images: to test on.
+        real_labels: their classes.
+        sizes: numbers of synthetic images; empty: n, n / 2, n / 4, ... down to ten for each class.
+        how: as of `train_and_test`.
+
+    Returns:
+        For each size, the smallest first, what `train_and_test` gives, with `num_synthetic_images`.
+
+    Raises:
+        UserError: a size that there are no images for, or as of `evaluate`.
+    """
+    order = balanced_order(synthetic_labels)
+    sizes = sorted(set(sizes)) or geometric_sizes(len(order), len(np.unique(synthetic_labels)))
+    if not 2 <= sizes[0] <= sizes[-1] <= len(order):
+        raise UserError(f"A learning curve of {len(order)} images has points from 2 to {len(order)}, not {sizes}.")
+    points = []
+    for size in sizes:
+        chosen = np.sort(order[:size])
+        result = train_and_test(synthetic_images[chosen], synthetic_labels[chosen], real_images, real_labels, **how)
+        points.append({"num_synthetic_images": size, **result})
+    return points
 
 
-def _read_parquet(path: Path) -> list[tuple[Image.Image, str | int]]:
-    rows = pq.read_table(path).to_pylist()
-    return [(Image.open(BytesIO(row["image"]["bytes"])), row["label"]) for row in rows]
+def train_and_test(
+    images: np.ndarray,  # (n, c, h, w) uint8
+    labels: np.ndarray,  # (n,) class indices
+    real_images: np.ndarray,  # (m, c, h, w) uint8
+    real_labels: np.ndarray,  # (m,) class indices
+    *,
+    classifiers: Sequence[str] = DEFAULT_CLASSIFIERS,
+    seed: int = 0,
+    num_seeds: int = 1,
+    ensemble: int = 1,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Train classifiers on `images`, once for each seed, and test them on real images.
+
+    Args:
+        images: to train on.
+        labels: their classes.
+        real_images: to test on.
+        real_labels: their classes.
+        classifiers: names from `classifiers.NAMES`.
+        seed: the first of the seeds.
+        num_seeds: how many seeds, one after the other.
+        ensemble: nets that vote, for each seed.
+        changes: fields of `classifiers.Training` that are not to be as each protocol has them.
+
+    Returns:
+        For each classifier what `scores` gives and `training`, how it trained (None: no epochs); `seed`, `num_seeds`
+        and `ensemble`.
+
+    Raises:
+        UserError: images of other shapes, no real images, training images of a single class, no such classifier, or a
+            number out of range.
+    """
+    check_images(images, labels, real_images)
+    if num_seeds < 1:
+        raise UserError(f"num_seeds is {num_seeds}. Choose 1 or more.")
+    trainings = {name: training_of(name, **changes) for name in classifiers}  # a wrong name, before anything trains
+    result: dict[str, Any] = {}
+    for name, training in trainings.items():
+        seeds = range(seed, seed + num_seeds) if training else [seed]  # logistic regression draws nothing
+        predictions = [
+            predict(name, images, labels, real_images, seed=each, ensemble=ensemble, **changes) for each in seeds
+        ]
+        result[name] = scores(predictions, real_labels) | {"training": asdict(training) if training else None}
+    return result | {"seed": seed, "num_seeds": num_seeds, "ensemble": ensemble}
 
 
-def _coverage(size: int, side: int) -> np.ndarray:
-    """(side, size): the share that each old pixel has in each new one."""
-    edges = np.linspace(0, size, side + 1)[:, None]
-    old = np.arange(size)
-    overlap = np.minimum(edges[1:], old + 1) - np.maximum(edges[:-1], old)
-    return overlap.clip(0) * side / size
+def scores(predictions: Sequence[np.ndarray], labels: np.ndarray) -> dict[str, Any]:
+    """How well predictions (m,), one array for each seed, agree with labels (m,).
+
+    Returns:
+        `accuracy`, the mean over the seeds; `accuracies`; `accuracy_stddev` over the seeds, None for a single one;
+        `test_standard_error`, of the accuracy as an estimate from m images; `per_class_accuracy` by class index, the
+        mean over the seeds; `confusion`, counts over all seeds, of real classes (rows) taken for others (columns).
+    """
+    right = np.stack(predictions) == labels  # (seeds, m)
+    accuracy, accuracies = float(right.mean()), right.mean(axis=1)
+    classes = range(int(max(labels.max(), *(one.max() for one in predictions))) + 1)
+    return {
+        "accuracy": accuracy,
+        "accuracies": accuracies.tolist(),
+        "accuracy_stddev": float(accuracies.std(ddof=1)) if len(predictions) > 1 else None,
+        "test_standard_error": float(np.sqrt(accuracy * (1 - accuracy) / len(labels))),
+        "per_class_accuracy": {int(label): float(right[:, labels == label].mean()) for label in np.unique(labels)},
+        "confusion": np.sum([confusion_matrix(labels, one, labels=classes) for one in predictions], axis=0).tolist(),
+    }
 
 
-def _accuracies(predicted: np.ndarray, labels: np.ndarray) -> dict:
-    right = predicted == labels
-    per_class = {int(label): float(right[labels == label].mean()) for label in np.unique(labels)}
-    return {"accuracy": float(right.mean()), "per_class_accuracy": per_class}
+def rank_in_class(labels: np.ndarray) -> np.ndarray:
+    """(n,): how many images of its class stand before each image."""
+    ranks = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        (positions,) = np.nonzero(labels == label)
+        ranks[positions] = np.arange(len(positions))
+    return ranks
 
 
-def _logistic_regression(images: np.ndarray, labels: np.ndarray, tested: np.ndarray) -> np.ndarray:
-    """Pixels in [0, 1], not standardised: a pixel almost constant in synthetic images must not explode in real ones."""
-    flat, flat_tested = (x.reshape(len(x), -1) / 255 for x in (images, tested))
-    return LogisticRegression(max_iter=1000).fit(flat, labels).predict(flat_tested)
+def balanced_order(labels: np.ndarray) -> np.ndarray:
+    """Positions (n,) in which classes take turns, each in its own order: every start of it is as balanced as can be."""
+    return np.argsort(rank_in_class(labels), kind="stable")
 
 
-def _cnn(images: np.ndarray, labels: np.ndarray, tested: np.ndarray, seed: int) -> np.ndarray:
-    """Two convolutions and two linear layers, Adam, `EPOCHS` epochs of images shifted by a few pixels."""
-    inputs, targets = torch.from_numpy(images).float() / 127.5 - 1, torch.from_numpy(labels)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = _make_cnn(inputs.shape[1:], int(labels.max()) + 1)
-    optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE)
-    for _ in range(EPOCHS):
-        for batch in torch.randperm(len(inputs), generator=generator).split(BATCH):
-            loss = nn.functional.cross_entropy(net(_shift(inputs[batch], generator)), targets[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    with torch.no_grad():
-        chunks = (torch.from_numpy(tested).float() / 127.5 - 1).split(500)
-        return torch.cat([net(chunk).argmax(dim=1) for chunk in chunks]).numpy()
+def geometric_sizes(num_images: int, num_classes: int) -> list[int]:
+    """num_images, its half, its quarter ..., while that is ten or more for each class; the smallest first."""
+    sizes = [num_images]
+    while sizes[0] // 2 >= 10 * num_classes:
+        sizes.insert(0, sizes[0] // 2)
+    return sizes
 
 
-def _make_cnn(shape: torch.Size, num_classes: int) -> nn.Sequential:
-    c, h, w = shape
-    return nn.Sequential(
-        nn.Conv2d(c, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2, ceil_mode=True),
-        nn.Conv2d(16, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2, ceil_mode=True),
-        nn.Flatten(),
-        nn.Linear(32 * -(-h // 4) * -(-w // 4), 128),
-        nn.ReLU(),
-        nn.Linear(128, num_classes),
-    )
+def check_images(images: np.ndarray, labels: np.ndarray, real_images: np.ndarray) -> None:
+    """Whether `images` (n, c, h, w) of classes `labels` can be trained on and `real_images` tested on.
 
-
-def _shift(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each image moved by its own few pixels, at most a sixteenth of its side; edges repeat."""
-    b, _, h, w = images.shape
-    most = min(h, w) // 16
-    down, right = torch.randint(-most, most + 1, (2, b, 1), generator=generator)
-    rows = (torch.arange(h) + down).clamp(0, h - 1)
-    columns = (torch.arange(w) + right).clamp(0, w - 1)
-    moved = images[torch.arange(b)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return moved.permute(0, 3, 1, 2)
+    Raises:
+        UserError: images of other shapes, no real images, or training images of a single class.
+    """
+    if images.shape[1:] != real_images.shape[1:]:
+        shapes = " and ".join("x".join(map(str, array.shape[1:])) for array in (images, real_images))
+        raise UserError(f"synthetic and real images differ in shape: {shapes}. Set --evaluation_resolution.")
+    if len(real_images) == 0 or len(np.unique(labels)) < 2:
+        raise UserError("there must be real images, and synthetic ones of at least two classes. Sample more.")

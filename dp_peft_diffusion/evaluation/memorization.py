@@ -1,0 +1,187 @@
+"""Whether samples come too near to training images: nearest neighbours in feature space, against held-out images.
+
+All of it is computed from private images without noise: the guarantee covers none of it. Which training image is whose
+neighbour, and its picture, go into a private folder and nowhere else.
+"""
+
+import csv
+import io
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import norm
+from sklearn.neighbors import NearestNeighbors
+
+from dp_peft_diffusion.diffusion.grids import image_grid
+from dp_peft_diffusion.durable import write_durably
+from dp_peft_diffusion.errors import PrivacyError, UserError
+
+COPY = 1 / 3  # of the distance to the second nearest image (Gu et al. 2023, arXiv 2310.02664, section 2)
+PAIRS_SHOWN, PAIRS_IN_A_ROW = 40, 5
+LIST_FILE, PICTURE_FILE = "nearest_training_images.csv", "nearest_training_images.png"
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Of each sample the nearest images of a set. Private, where the set is.
+
+    Attributes:
+        index: (n,) position of the nearest image.
+        distance: (n,) to it.
+        second: (n,) to the second nearest.
+    """
+
+    index: np.ndarray
+    distance: np.ndarray
+    second: np.ndarray
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The nearest training and held-out images of each sample. Private."""
+
+    training: Nearest
+    held_out: Nearest
+
+    @property
+    def nearness(self) -> np.ndarray:
+        """(n,) distance to the nearest training image over that to the nearest held-out one; 0 of a copy."""
+        ones = np.ones_like(self.training.distance)
+        return np.divide(self.training.distance, self.held_out.distance, out=ones, where=self.held_out.distance > 0)
+
+    def suspects(self, most: int) -> np.ndarray:
+        """Positions of the samples that hug a training image most, by `nearness`, the worst first."""
+        return np.argsort(self.nearness, kind="stable")[:most]
+
+
+def compare_neighbours(
+    samples: np.ndarray, training: np.ndarray, held_out: np.ndarray, seed: int = 0
+) -> tuple[dict[str, Any], Neighbours]:
+    """Whether samples are nearer to training images than to held-out images of the same distribution.
+
+    If the samples owe nothing to single training images, training and held-out images could be exchanged: of m and k of
+    them, a share m / (m + k) of the samples has its nearest one among the training images (Platzer and Reutterer 2021,
+    arXiv 2104.00635). How far the share strays by chance follows from drawing which m of the m + k images are called
+    training images, so samples that share a neighbour are not taken for independent.
+
+    Args:
+        samples: features (n, d), Euclidean distances of which mean something.
+        training: (m, d).
+        held_out: (k, d), of images that were not trained on.
+        seed: of the training images that `median_distance_ratio` is computed from, as many as there are held out.
+
+    Returns:
+        Numbers for JSON, and the neighbours, which are for `write_neighbours` alone. The numbers are not covered by the
+        guarantee: `share_nearer_to_training`, its `expected_share`, `z` and one-sided `p_value`;
+        `median_distance_ratio`, 1 if all is well and less if samples hug training images; `share_of_copies`, nearer to
+        a training image than a third of the distance to the second, and the same share of held-out images, which is
+        what chance gives; and counts.
+
+    Raises:
+        UserError: there are no samples, fewer than two training or held-out images, or features of other widths.
+    """
+    if len(samples) == 0 or min(len(training), len(held_out)) < 2:
+        raise UserError("nearest neighbours need samples, and two training and two held-out images. Give more images.")
+    if len({features.shape[1] for features in (samples, training, held_out)}) != 1:
+        raise UserError("samples, training and held-out images have features of different widths. Extract them alike.")
+    m, k = len(training), len(held_out)
+    found = Neighbours(_nearest(samples, training), _nearest(samples, held_out))
+    share, expected = float(np.mean(_in_training(found))), m / (m + k)
+    stray = _stray(found, m, k)
+    z = (share - expected) / stray if stray > 0 else 0.0  # it cannot stray where all images have equally many samples
+    order = np.random.default_rng(seed)
+    equal = [features[order.permutation(len(features))[: min(m, k)]] for features in (training, held_out)]
+    ratios = Neighbours(*(_nearest(samples, features) for features in equal)).nearness
+    numbers = {
+        "share_nearer_to_training": share,
+        "expected_share": expected,
+        "z": float(z),
+        "p_value": float(norm.sf(z)),
+        "median_distance_ratio": float(np.median(ratios)),
+        "share_of_copies": _share_of_copies(found.training),
+        "share_of_copies_of_held_out_images": _share_of_copies(found.held_out),
+        "num_samples": len(samples),
+        "num_training_images": m,
+        "num_held_out_images": k,
+    }
+    return numbers, found
+
+
+def write_neighbours(
+    private_folder: Path, neighbours: Neighbours, samples: np.ndarray, training_images: np.ndarray
+) -> tuple[Path, Path]:
+    """Write the list of nearest training images and a picture of the nearest pairs into a private folder.
+
+    The list has a line for each sample, the most suspicious first: position of the sample, of its nearest training
+    image among those given, both distances. The picture shows the first pairs, the sample on the left.
+
+    Args:
+        private_folder: the `NAME.private` of a run, mode 0700.
+        neighbours: from `compare_neighbours`.
+        samples: (n, c, h, w) uint8, in the order of its features.
+        training_images: (m, c, h, w) uint8, in the order of theirs.
+
+    Returns:
+        The paths of both files.
+
+    Raises:
+        PrivacyError: the folder is not a private one; nothing is written.
+        UserError: samples and training images differ in shape.
+    """
+    check_private(private_folder)
+    if samples.shape[1:] != training_images.shape[1:]:
+        raise UserError("samples and training images differ in shape. Resize them alike.")
+    text, near = io.StringIO(), neighbours.training
+    writer = csv.writer(text)
+    writer.writerow(["sample", "training_image", "distance", "distance_to_nearest_held_out_image"])
+    for i in neighbours.suspects(len(samples)):
+        writer.writerow([i, near.index[i], f"{near.distance[i]:.6g}", f"{neighbours.held_out.distance[i]:.6g}"])
+    shown = neighbours.suspects(PAIRS_SHOWN)
+    pairs = np.stack([samples[shown], training_images[near.index[shown]]], axis=1)  # (p, 2, c, h, w)
+    picture = io.BytesIO()
+    image_grid(torch.from_numpy(pairs).flatten(0, 1), 2 * PAIRS_IN_A_ROW).save(picture, format="PNG")
+    paths = private_folder / LIST_FILE, private_folder / PICTURE_FILE
+    for path, content in zip(paths, (text.getvalue().encode(), picture.getvalue()), strict=True):
+        write_durably(path, content, 0o600)
+    return paths
+
+
+def check_private(folder: Path) -> None:
+    """A folder that nobody else can read, and whose name says that it is never shared.
+
+    Raises:
+        PrivacyError: it is another.
+    """
+    if not folder.name.endswith(".private") or folder.is_symlink() or not folder.is_dir():
+        raise PrivacyError(f"{folder} is no private folder: pictures of private images go into a run's NAME.private.")
+    if stat.S_IMODE(folder.stat().st_mode) != 0o700:
+        raise PrivacyError(f"{folder} can be read by others. Type: chmod 700 {folder}")
+
+
+def _nearest(samples: np.ndarray, images: np.ndarray) -> Nearest:
+    distances, indices = NearestNeighbors(n_neighbors=2, algorithm="brute").fit(images).kneighbors(samples)
+    return Nearest(indices[:, 0], distances[:, 0], distances[:, 1])
+
+
+def _in_training(found: Neighbours) -> np.ndarray:
+    """(n,) bool: whether the nearest of all images is a training image."""
+    return found.training.distance < found.held_out.distance
+
+
+def _stray(found: Neighbours, m: int, k: int) -> float:
+    """Standard deviation of the share if which m of the m + k images are training images were drawn at random.
+
+    With c_j samples that have image j as their nearest, the share is sum_j c_j s_j / n, s_j in {0, 1} drawn without
+    replacement (Cochran 1977, theorem 2.2).
+    """
+    nearest = np.where(_in_training(found), found.training.index, m + found.held_out.index)
+    counts, pool = np.bincount(nearest, minlength=m + k), m + k
+    return float(np.sqrt(m * k / (pool * (pool - 1)) * np.square(counts - counts.mean()).sum()) / len(nearest))
+
+
+def _share_of_copies(nearest: Nearest) -> float:
+    return float(np.mean(nearest.distance < COPY * nearest.second))
