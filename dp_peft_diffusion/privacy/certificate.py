@@ -101,7 +101,7 @@ def certificate(
         "guarantee": figures,
         "unit": unit(mechanism.max_examples_per_group),
         "neighboring_relation": mechanism.neighboring_relation,
-        "mechanism": _mechanism(mechanism) | own_choices,
+        "mechanism": recorded_mechanism(mechanism) | own_choices,
         "accounting": _accounting(promise),
         "public_inputs": {**public_inputs, **known_n},
         "tuning": _tuning(promise),
@@ -117,7 +117,8 @@ def certificate(
     }
 
 
-def _mechanism(mechanism: "DPMechanism") -> dict[str, Any]:
+def recorded_mechanism(mechanism: "DPMechanism") -> dict[str, Any]:
+    """What a certificate says of the mechanism of a release; how gradients came about is not in it."""
     return {
         "event": event_name(mechanism.truncated_batch_size, mechanism.max_examples_per_group),
         "sampling_prob": mechanism.sampling_prob,
@@ -138,7 +139,7 @@ def _tuning(promise: "Promise") -> dict[str, Any] | str:
 
 def _release(release: "Release") -> dict[str, Any]:
     return {
-        "mechanism": _mechanism(release.mechanism),
+        "mechanism": recorded_mechanism(release.mechanism),
         "num_examples": release.mechanism.num_examples,
         "runs": release.runs,
         "source": release.source,

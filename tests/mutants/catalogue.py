@@ -1,6 +1,6 @@
 """The planted bugs. Each names its row of the failures in docs/explanation/trust.md, and the check that sees it."""
 
-from mutants import bookkeeping, encodings, instruments, whole_runs
+from mutants import bookkeeping, encodings, instruments, second_release, whole_runs
 from mutants.planted import mutant
 
 FIRST_ROWS = (  # who takes part, what is summed: rows 1 to 9
@@ -438,8 +438,8 @@ LAST_ROWS = (  # data, what is shown, prices, what the optimizer sees: rows 21 t
     ),
     mutant(
         "the certificate is for the steps taken", 25, bookkeeping.certified, "privacy.certificate:certificate",
-        "_mechanism(mechanism) | own_choices",
-        '_mechanism(mechanism) | own_choices | {"count": (folder / "metrics.jsonl").read_text().count("{}")}',
+        "recorded_mechanism(mechanism) | own_choices",
+        'recorded_mechanism(mechanism) | own_choices | {"count": (folder / "metrics.jsonl").read_text().count("{}")}',
     ),
     mutant(
         "verify believes the epsilon", 25, bookkeeping.certified, "privacy.certificate_levels:_check_epsilon",
@@ -466,7 +466,45 @@ LAST_ROWS = (  # data, what is shown, prices, what the optimizer sees: rows 21 t
     ),
 )  # fmt: skip
 
-MUTANTS = (*FIRST_ROWS, *MIDDLE_ROWS, *LAST_ROWS)
+SECOND_RELEASE = (  # the classifier that is trained directly: the same failures in a loop of its own
+    mutant(
+        "the classifier's null records count", 4, second_release.second_release,
+        "evaluation.private_classifier:classification_losses", "losses * batch[\"weights\"]", "losses",
+    ),
+    mutant(
+        "the classifier's batches are drawn with another probability", 3, second_release.second_release,
+        "evaluation.private_classifier:clipped_sum", "mechanism.sampling_prob,", "1.2 * mechanism.sampling_prob,",
+    ),
+    mutant(
+        "the classifier's noise lacks the clip bound", 10, second_release.second_release,
+        "evaluation.private_classifier:private_steps", "add_noise(total, mechanism.noise_stddev",
+        "add_noise(total, 0.01 * mechanism.noise_multiplier",
+    ),
+    mutant(
+        "the classifier's steps share their noise", 14, second_release.second_release,
+        "evaluation.private_classifier:private_steps", "noise_stddev, key, step", "noise_stddev, key, 0",
+    ),
+    mutant(
+        "the classifier's divisor is the batch that came", 3, second_release.second_release,
+        "evaluation.private_classifier:private_steps", "noisy, mechanism.expected_batch_size",
+        "noisy, len(example_ids(key, step, len(images), mechanism.sampling_prob))",
+    ),
+    mutant(
+        "the classifier keeps its last micro-batch only", 2, second_release.second_release,
+        "evaluation.private_classifier:clipped_sum", "total[name] += part", "total[name] = part",
+    ),
+    mutant(
+        "the classifier is not in the data set's ledger", 15, second_release.second_release,
+        "evaluation.private_classifier:train_classifier", "if recorded:", "if False:",
+    ),
+    mutant(
+        "the classifier is clipped by a bound of its own", 20, second_release.second_release,
+        "evaluation.private_classifier:train_classifier", "PerSampleClipper(net, mechanism.max_grad_norm)",
+        "PerSampleClipper(net)",
+    ),
+)  # fmt: skip
+
+MUTANTS = (*FIRST_ROWS, *MIDDLE_ROWS, *LAST_ROWS, *SECOND_RELEASE)
 CHECKS = (
     instruments.replay,
     instruments.noise,
@@ -489,4 +527,5 @@ CHECKS = (
     whole_runs.resumption,
     bookkeeping.ledger,
     encodings.encodings,
+    second_release.second_release,
 )
