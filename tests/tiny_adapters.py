@@ -7,6 +7,7 @@ import torch
 from dp_peft_diffusion.diffusion.adapters import inject_adapter
 from dp_peft_diffusion.diffusion.base_model import load_base
 from dp_peft_diffusion.privacy import certificate
+from dp_peft_diffusion.privacy.promise import Promise
 from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, Recipe, Sample, to_yaml
 from dp_peft_diffusion.sharing.export import certify, write_weights
 from tests.privacy.folders import promise
@@ -25,10 +26,11 @@ def shared(
     seed: int = 0,
     certified: bool = False,
     base_name: str | None = None,
+    promised: Promise | None = None,
 ) -> Path:
     """A folder with weights and recipe. It names its base as a built-in one, unless `base_name` says another.
 
-    certified: with its certificate.
+    certified: with its certificate. promised: what it then says, if not `promise()`.
     """
     base, data = load_base(str(base_folder)), data or Data(class_names=NAMES)
     trained = inject_adapter(base, adapter, len(data.class_names or ()) if adapter.class_rows else 0, seed)
@@ -41,5 +43,5 @@ def shared(
     recipe = Recipe(model=model, data=data, adapter=adapter, privacy=Privacy(epsilon=1.0, gamma=0.01), sample=sample)
     (folder / "recipe.yaml").write_text(to_yaml(recipe))
     if certified:
-        certificate.write(folder, certify(folder, recipe, base, promise(), "given", "os", "deleted"))
+        certificate.write(folder, certify(folder, recipe, base, promised or promise(), "given", "os", "deleted"))
     return folder

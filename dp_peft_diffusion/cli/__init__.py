@@ -4,9 +4,10 @@ import click
 
 from dp_peft_diffusion.cli.benchmark import bench
 from dp_peft_diffusion.cli.certificates import inspect_folder, verify
+from dp_peft_diffusion.cli.evaluation import evaluate
 from dp_peft_diffusion.cli.exporting import export_command
 from dp_peft_diffusion.cli.hub import pull, push
-from dp_peft_diffusion.cli.images import evaluate, sample
+from dp_peft_diffusion.cli.images import sample
 from dp_peft_diffusion.cli.machine import env
 from dp_peft_diffusion.cli.merging import merge
 from dp_peft_diffusion.cli.planning import plan

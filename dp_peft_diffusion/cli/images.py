@@ -1,12 +1,10 @@
-"""`dp-peft sample` and `dp-peft evaluate`."""
+"""`dp-peft sample`, and what other commands that sample take from it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -18,17 +16,27 @@ from dp_peft_diffusion.cli.adapters import (
     local_folders,
     warnings_as_hints,
 )
-from dp_peft_diffusion.cli.options import format_option
 from dp_peft_diffusion.cli.program import printable
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.privacy.adapter_recipe import read_recipe
-from dp_peft_diffusion.recipe import MAX_SEED, Data
-
-if TYPE_CHECKING:
-    import numpy as np
+from dp_peft_diffusion.recipe import MAX_SEED
 
 MAX_IMAGES = 1_000_003  # numbers of images that one seed has: `samplers.SEEDS_APART`
-_REAL_IMAGES = ("dataset_name", "dataset_config_name", "split", "image_column", "label_column", "center_crop")
+
+
+def sampler_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--scheduler, --num_inference_steps, --guidance_scale and --seed."""
+    seeds = click.IntRange(0, MAX_SEED - 1)
+    schedulers = "fidelity, utility, ddim, ddpm, dpmsolver++, or a diffusers class.  [the recipe's]"
+    options = (
+        click.option("--scheduler", help=schedulers),
+        click.option("--num_inference_steps", type=click.IntRange(min=1), help="Denoising steps.  [the recipe's]"),
+        click.option("--guidance_scale", type=click.FloatRange(min=0), help="1: none.  [the recipe's]"),
+        click.option("--seed", default=0, show_default=True, type=seeds, help="Same seed, same images."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 @click.command()
@@ -41,12 +49,7 @@ _REAL_IMAGES = ("dataset_name", "dataset_config_name", "split", "image_column", 
 @click.option("--class_labels", metavar="A,B,...", help="Names or positions of classes, in turn.  [all, evenly]")
 @click.option("--prompt", "prompts", multiple=True, help="Of a text-conditional base; several are taken in turn.")
 @click.option("--prompts_file", type=click.Path(path_type=Path), help="File of prompts, one on each line.")
-@click.option("--scheduler", help="fidelity, utility, ddim, ddpm, dpmsolver++, or a diffusers class.  [the recipe's]")
-@click.option("--num_inference_steps", type=click.IntRange(min=1), help="Denoising steps.  [the recipe's]")
-@click.option("--guidance_scale", type=click.FloatRange(min=0), help="1: none.  [the recipe's]")
-@click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0, MAX_SEED - 1), help="Same seed, same images."
-)
+@sampler_options
 @click.option("--batch_size", type=click.IntRange(min=1), help="Images at once: memory only.  [by size of the base]")
 @click.option(
     "--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]), help="Of the network."
@@ -133,96 +136,3 @@ def adapter_classes(folders: Sequence[Path], otherwise: str) -> tuple[str, ...]:
     if not known:
         raise UserError(f"{' and '.join(map(str, folders))} has no classes. {otherwise}")
     return known
-
-
-@click.command()
-@click.argument("synthetic", metavar="FOLDER_OR_IMAGES", type=click.Path(path_type=Path))
-@click.option("--dataset_name", required=True, help="Real images to test on.")
-@click.option("--dataset_config_name", help="Configuration of a Hub data set.")
-@click.option("--split", default="test", show_default=True, help="Split of the real images that was not trained on.")
-@click.option("--image_column", default="image", show_default=True, help="Column of the images.")
-@click.option("--label_column", default="label", show_default=True, help="Column of the labels.")
-@click.option("--class_names", metavar="A,B,...", help="Classes, in order.  [the adapter's, or the data set's]")
-@click.option("--center_crop", is_flag=True, help="Cut the middle square out of the real images.")
-@click.option("--declared_public", is_flag=True, help="The real images need no protection.")
-@click.option(
-    "--num_images", default=2000, show_default=True, type=click.IntRange(min=1), help="To sample and train on."
-)
-@click.option("--scheduler", help="When sampling: as of dp-peft sample.  [the recipe's]")
-@click.option("--num_inference_steps", type=click.IntRange(min=1), help="When sampling.  [the recipe's]")
-@click.option("--guidance_scale", type=click.FloatRange(min=0), help="When sampling.  [the recipe's]")
-@click.option("--base", help="When sampling: the base, if another or elsewhere.")
-@click.option("--evaluation_resolution", type=click.IntRange(min=1), help="Side that all images are resized to.")
-@click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0, MAX_SEED - 1), help="Of sampling and nets."
-)
-@format_option
-def evaluate(synthetic: Path, class_names: str | None, **settings: Any) -> None:
-    """Test classifiers trained on synthetic images.
-
-    They are tested on real images, of which they see none before.
-
-    FOLDER_OR_IMAGES is a run's folder, which is sampled first, or what dp-peft sample wrote.
-    """
-    names = tuple(part.strip() for part in class_names.split(",")) if class_names else None
-    result = _evaluate(synthetic, names, **settings)
-    if settings["style"] == "json":
-        click.echo(json.dumps(result, indent=2))
-        return
-    for name, title in (("logistic_regression", "logistic regression"), ("cnn", "small CNN")):
-        click.echo(f"{title:<20} {result[name]['accuracy']:.1%} of {result['num_real_images']} real images right")
-    click.echo(f"{'trained on':<20} {result['num_synthetic_images']} synthetic images, seed {result['seed']}")
-    if "statement" in result:
-        click.echo(result["statement"])
-
-
-def _evaluate(path: Path, names: tuple[str, ...] | None, **settings: Any) -> dict[str, Any]:
-    from dp_peft_diffusion.diffusion.datasets import open_examples
-    from dp_peft_diffusion.diffusion.encoder import PixelEncoder
-    from dp_peft_diffusion.evaluation import utility
-
-    is_run = any((path / name).is_file() for name in ("recipe.yaml", "adapter_config.json"))
-    data = Data(**{key: settings[key] for key in _REAL_IMAGES})
-    if is_run:
-        known = adapter_classes([path], "Classifiers need them: only adapters with classes can be evaluated.")
-        announce_base([path], settings["base"])
-        names = names or known
-        images, labels = sampled(path, names, settings)
-    else:
-        names = names or listed_classes(data)
-        images, labels = utility.load_synthetic(path, names)
-    pixels = PixelEncoder(resolution=images.shape[2], image_channels=images.shape[1])
-    real = open_examples(replace(data, class_names=names), pixels, None)
-    real_images, real_labels = real.valid_arrays()
-    if settings["evaluation_resolution"] is not None:
-        images, real_images = (utility.to_side(x, settings["evaluation_resolution"]) for x in (images, real_images))
-    public = settings["declared_public"] or data.dataset_name.startswith("builtin:")
-    return utility.evaluate(images, labels, real_images, real_labels, seed=settings["seed"], declared_public=public)
-
-
-def listed_classes(data: Data) -> tuple[str, ...]:
-    """The classes that the data set itself names.
-
-    Raises:
-        UserError: it names none.
-    """
-    from dp_peft_diffusion.diffusion.listing import list_rows
-
-    names = list_rows(data, None).label_names
-    if names is None:
-        raise UserError(f"{data.dataset_name!r} does not name its classes. Give them in order: --class_names 0,1,2")
-    return names
-
-
-def sampled(folder: Path, names: tuple[str, ...], settings: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Fresh images (n, c, h, w) uint8 of an adapter and their class positions (n,)."""
-    import numpy as np
-
-    from dp_peft_diffusion.diffusion.generation import generate
-
-    passed_on = ("num_images", "scheduler", "num_inference_steps", "guidance_scale", "seed", "base")
-    wanted = {key: settings[key] for key in passed_on}
-    with warnings_as_hints():
-        images, labels = generate(folder, class_labels=names, device=fastest_device(), **wanted)
-    arrays = np.stack([np.atleast_3d(np.asarray(image)).transpose(2, 0, 1) for image in images])
-    return arrays, np.array([names.index(label) for label in labels or ()])

@@ -22,7 +22,7 @@ from dp_peft_diffusion.recipe import PATH_TO_IMAGES, PretrainRecipe, load_pretra
 @recipe_options(PretrainRecipe(dataset_name=""))
 @click.pass_context
 def pretrain(ctx: click.Context, **params: Any) -> None:
-    """Pretrain a base, its autoencoder or a net for features, on PUBLIC images. This is NOT private.
+    """Pretrain a base, its autoencoder or features, on PUBLIC images. This is NOT private.
 
     Nothing protects these images: whoever gets the base may find them in it. Private images belong to `dp-peft train`.
     To go on after a stop, type the same command again. Options stand over the recipe, the recipe over the values in

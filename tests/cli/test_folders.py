@@ -1,4 +1,4 @@
-"""`dp-peft sample`, `evaluate` and `inspect` on folders, with sampling itself replaced."""
+"""`dp-peft sample` and `inspect` on folders, with sampling itself replaced."""
 
 import json
 import shutil
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from PIL import Image
 from safetensors.numpy import save_file
 
 from dp_peft_diffusion.cli import main
@@ -110,17 +109,11 @@ def generation(monkeypatch):
     fake, files = ModuleType("generation"), ModuleType("image_files")
     fake.asked, fake.written, fake.checked = [], [], []
 
-    def generate(folder, **settings):
-        fake.asked.append((folder, settings))
-        names = settings["class_labels"] or ["cat"]
-        labels = [names[i % len(names)] for i in range(settings["num_images"])]
-        return [Image.new("L", (8, 8), 20 * i) for i in range(len(labels))], labels
-
     def open_source(folder, **settings):
         fake.asked.append((folder, settings))
         return "source"
 
-    fake.generate, fake.open_source, files.check_folder = generate, open_source, fake.checked.append
+    fake.open_source, files.check_folder = open_source, fake.checked.append
     files.write_images = lambda folder, source, **numbers: fake.written.append((folder, source, numbers))
     monkeypatch.setitem(sys.modules, "dp_peft_diffusion.diffusion.generation", fake)
     monkeypatch.setitem(sys.modules, "dp_peft_diffusion.diffusion.image_files", files)
@@ -233,85 +226,9 @@ def test_sample_never_mixes_with_what_is_in_a_folder(adapter):
     assert sorted(adapter.folder.iterdir()) == before
 
 
-@pytest.fixture
-def evaluation(monkeypatch, generation):
-    """Real images and classifiers replaced by records of what they are given."""
-    fakes = {name: ModuleType(name) for name in ("datasets", "listing", "utility")}
-    seen = SimpleNamespace(opened=None, evaluated=None, statement={"statement": "NOT COVERED"})
-    real = np.zeros((4, 1, 8, 8), np.uint8), np.arange(4) % 3
-
-    def open_examples(data, base, folder):
-        seen.opened = (data, base.resolution, base.image_channels)
-        return SimpleNamespace(valid_arrays=lambda: real)
-
-    def evaluate(*arrays, **settings):
-        seen.evaluated = (arrays, settings)
-        scores = {name: {"accuracy": 0.5} for name in ("logistic_regression", "cnn")}
-        return scores | {"num_synthetic_images": 6, "num_real_images": 4, "seed": 0} | seen.statement
-
-    fakes["datasets"].open_examples = open_examples
-    fakes["listing"].list_rows = lambda data, cache: SimpleNamespace(
-        label_names=None if data.dataset_name == "nameless" else ("x", "y")
-    )
-    fakes["utility"].evaluate = evaluate
-    fakes["utility"].to_side = lambda images, side: images[:, :, :side, :side]
-    fakes["utility"].load_synthetic = lambda path, names: (np.zeros((6, 3, 8, 8), np.uint8), np.arange(6) % len(names))
-    monkeypatch.setitem(sys.modules, "dp_peft_diffusion.diffusion.datasets", fakes["datasets"])
-    monkeypatch.setitem(sys.modules, "dp_peft_diffusion.diffusion.listing", fakes["listing"])
-    import dp_peft_diffusion.evaluation
-
-    monkeypatch.setitem(sys.modules, "dp_peft_diffusion.evaluation.utility", fakes["utility"])
-    monkeypatch.setattr(dp_peft_diffusion.evaluation, "utility", fakes["utility"], raising=False)
-    return seen
-
-
-def test_evaluate_samples_a_run_in_its_own_classes(evaluation, generation, adapter):
-    result = invoke("evaluate", adapter.folder, "--dataset_name", "scans", "--num_images", 6, "--seed", 3)
-    assert result.exit_code == 0, result.output
-    data, resolution, channels = evaluation.opened
-    assert (data.dataset_name, data.split, data.class_names) == ("scans", "test", ("cat", "dog", "1"))
-    assert (resolution, channels) == (8, 1)
-    images, labels = evaluation.evaluated[0][:2]
-    assert images.shape == (6, 1, 8, 8) and images[5, 0, 0, 0] == 100
-    assert labels.tolist() == [0, 1, 2, 0, 1, 2]
-    assert evaluation.evaluated[1] == {"seed": 3, "declared_public": False}
-    assert "50.0%" in result.stdout and "NOT COVERED" in result.stdout
-
-
-def test_evaluate_reads_images_and_takes_the_classes_the_data_set_names(evaluation, generation, tmp_path):
-    result = invoke("evaluate", tmp_path, "--dataset_name", "scans", "--evaluation_resolution", 4, "--format", "json")
-    assert json.loads(result.stdout)["cnn"] == {"accuracy": 0.5}
-    assert evaluation.opened[0].class_names == ("x", "y") and evaluation.opened[2] == 3
-    assert [x.shape[2:] for x in evaluation.evaluated[0][::2]] == [(4, 4), (4, 4)]
-    assert generation.asked == []
-    assert "--class_names" in refused("evaluate", tmp_path, "--dataset_name", "nameless")
-    invoke("evaluate", tmp_path, "--dataset_name", "nameless", "--class_names", "p, q")
-    assert evaluation.opened[0].class_names == ("p", "q")
-
-
-def test_built_in_images_are_public(evaluation, tmp_path):
-    invoke("evaluate", tmp_path, "--dataset_name", "builtin:digits")
-    assert evaluation.evaluated[1]["declared_public"]
-
-
-def test_an_adapter_without_classes_cannot_be_evaluated(evaluation, adapter):
+def test_classes_of_an_adapter_without_any_cannot_be_sampled(adapter):
     (adapter.folder / "recipe.yaml").write_text("privacy: {epsilon: 1}\n")
-    for more in ([], ["--class_names", "cat,dog"]):
-        error = refused("evaluate", adapter.folder, "--dataset_name", "scans", *more)
-        assert "has no classes" in error and "--class_labels" not in error
     assert "Leave out --class_labels" in refused("sample", "--adapter", adapter.folder, "--class_labels", "cat")
-
-
-def test_evaluate_samples_as_it_is_told_and_else_as_the_recipe_says(evaluation, generation, adapter):
-    words = ["--scheduler", "fidelity", "--num_inference_steps", 7, "--guidance_scale", 2]
-    invoke("evaluate", adapter.folder, "--dataset_name", "scans", *words)
-    invoke("evaluate", adapter.folder, "--dataset_name", "scans")
-    told, left = (
-        {key: settings[key] for key in ("scheduler", "num_inference_steps", "guidance_scale")}
-        for _, settings in generation.asked
-    )
-    assert told == {"scheduler": "fidelity", "num_inference_steps": 7, "guidance_scale": 2.0}
-    assert set(left.values()) == {None}
 
 
 def test_the_folder_must_exist_as_a_run(adapter):

@@ -396,7 +396,9 @@ def test_a_hub_behind_a_broken_proxy_gives_a_clear_error(monkeypatch):
         load_base("somebody/tiny")
 
 
-@pytest.mark.parametrize("name", ["builtin:nothing", "builtin:handwriting_features", "./no/such/folder", "/no/such/folder"])
+@pytest.mark.parametrize(
+    "name", ["builtin:nothing", "builtin:handwriting_features", "./no/such/folder", "/no/such/folder"]
+)
 def test_an_unknown_base_is_refused_by_name(name):
     with pytest.raises(UserError, match=name.split("/")[-1]):
         load_base(name)

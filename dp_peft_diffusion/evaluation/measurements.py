@@ -1,0 +1,241 @@
+"""All that `dp-peft evaluate` measures, in one result: what is asked for, from images that lie in memory."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dp_peft_diffusion.diffusion.datasets import PrivateImages
+from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.evaluation import utility
+from dp_peft_diffusion.evaluation.classifiers import training_of
+from dp_peft_diffusion.evaluation.features import Features, open_features
+from dp_peft_diffusion.evaluation.fidelity import fidelity
+from dp_peft_diffusion.evaluation.membership import membership_scores, membership_test
+from dp_peft_diffusion.evaluation.memorization import check_private, compare_neighbours, write_neighbours
+from dp_peft_diffusion.evaluation.private_classifier import joint_epsilon, promise_beside, train_classifier
+from dp_peft_diffusion.evaluation.synthetic_images import to_side
+from dp_peft_diffusion.evaluation.tuning import tune
+from dp_peft_diffusion.privacy.adapter_recipe import read_recipe
+from dp_peft_diffusion.privacy.promise import Promise
+from dp_peft_diffusion.sharing.promises import checked_promise
+
+SCHEMA = "dp-peft/evaluation/1"
+Labelled = tuple[np.ndarray, np.ndarray]  # images (n, c, h, w) uint8, class indices (n,)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is measured.
+
+    Attributes:
+        classifiers: names from `classifiers.NAMES`.
+        seed, num_seeds, ensemble: as `utility.train_and_test` takes them.
+        epochs, flip: in place of what each classifier's protocol says, if not None and not False.
+        evaluation_resolution: side that images are resized to; None: as they are. Membership test and private
+            classifier look at images as the base sees them.
+        learning_curve, tuning: more of the synthetic images alone.
+        features: names as `open_features` takes them, for fidelity; memorization is measured in the first.
+        reference, memorization, membership, private_classifier: what needs the images that were trained on.
+    """
+
+    classifiers: tuple[str, ...]
+    seed: int
+    num_seeds: int
+    ensemble: int
+    epochs: int | None
+    flip: bool
+    evaluation_resolution: int | None
+    learning_curve: bool
+    tuning: bool
+    features: tuple[str, ...]
+    reference: bool
+    memorization: bool
+    membership: bool
+    private_classifier: bool
+
+    @property
+    def of_training_images(self) -> bool:
+        """Whether the images that were trained on are looked at."""
+        return self.reference or self.memorization or self.of_a_run
+
+    @property
+    def of_a_run(self) -> bool:
+        """Whether images alone are not enough."""
+        return self.membership or self.private_classifier
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """How classifiers train, for `utility`."""
+        how = {name: getattr(self, name) for name in ("classifiers", "seed", "num_seeds", "ensemble")}
+        return how | self.changes
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What is not as each classifier's protocol has it."""
+        return {name: value for name in ("epochs", "flip") if (value := getattr(self, name))}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run that made the images.
+
+    Attributes:
+        folder: what it shares.
+        base: in place of the base that its recipe names.
+        promise: of a private classifier beside it; None where none is wanted.
+    """
+
+    folder: Path
+    base: str | None
+    promise: Promise | None
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is compared: images of one size, and of the same classes.
+
+    Attributes:
+        class_names: of the labels.
+        synthetic: the images that are judged.
+        held_out: real ones that were not trained on.
+        training: those that were; None where nothing looks at them.
+    """
+
+    class_names: tuple[str, ...]
+    synthetic: Labelled
+    held_out: Labelled
+    training: PrivateImages | None
+
+
+def check_run(wanted: Wanted, folder: Path, base: str | None) -> Run:
+    """A run, and the promise of a private classifier beside it: refused here, before anything is computed.
+
+    Raises:
+        UserError: it makes no promise that a classifier could share.
+        PrivacyError: it does not keep what its certificate claims.
+    """
+    if not wanted.private_classifier:
+        return Run(folder, base, None)
+    document = checked_promise(folder)
+    if document is None:
+        raise UserError(f"--private_classifier takes epsilon from the run's certificate, and {folder} has none.")
+    return Run(folder, base, promise_beside(document))
+
+
+def open_nets(wanted: Wanted, device: str) -> list[Features]:
+    """The nets of --features, and a check of the classifiers' names: refused here, before anything is computed.
+
+    Raises:
+        UserError: no such classifier, or features that cannot be had.
+    """
+    for name in wanted.classifiers:
+        training_of(name, **wanted.changes)
+    return [open_features(name, device) for name in wanted.features]
+
+
+def measure(
+    wanted: Wanted,
+    nets: list[Features],
+    images: Images,
+    *,
+    declared_public: bool,
+    device: str,
+    run: Run | None = None,
+    private_folder: Path | None = None,
+) -> dict[str, Any]:
+    """What is wanted, as JSON holds it. Training comes late, so that images of a wrong kind are refused before it.
+
+    nets: from `open_nets`. declared_public: none of the real images needs protection; otherwise each part is stamped
+    as not covered by the guarantee. private_folder: where nearest neighbours are listed.
+
+    Raises:
+        UserError: images that cannot be compared, or too few of them.
+        PrivacyError: the private folder is none, or the run does not keep what its certificate claims.
+    """
+    synthetic, held_out = (_resized(part, wanted.evaluation_resolution) for part in (images.synthetic, images.held_out))
+    utility.check_images(*synthetic, held_out[0])
+    found: dict[str, Any] = {"fidelity": [fidelity(net, held_out[0], synthetic[0], seed=wanted.seed) for net in nets]}
+    if images.training is not None:
+        training = images.training.valid_arrays()
+        resized = _resized(training, wanted.evaluation_resolution)
+        if wanted.memorization and private_folder is not None:
+            found["memorization"] = _memorization(nets[0], synthetic, resized, held_out, private_folder, wanted.seed)
+        if wanted.membership and run is not None:
+            found["membership"] = _membership(run, training, images, wanted.seed, device)
+        if wanted.reference:
+            found["reference"] = utility.reference(*resized, *held_out, **wanted.how)
+    if wanted.learning_curve:
+        found["learning_curve"] = utility.learning_curve(*synthetic, *held_out, **wanted.how)
+    if wanted.tuning:
+        found["tuning"] = tune(*synthetic, *held_out, seed=wanted.seed, num_seeds=wanted.num_seeds)
+    trained = utility.evaluate(*synthetic, *held_out, declared_public=declared_public, **wanted.how)
+    if wanted.private_classifier and run is not None:  # last: it spends epsilon, whatever fails after it
+        found["private_classifier"] = _private_classifier(run, images, device)
+    result = {"schema": SCHEMA, "class_names": list(images.class_names), "declared_public": declared_public}
+    result |= trained | found
+    return json.loads(json.dumps(result if declared_public else _stamped(result)))
+
+
+def _resized(labelled: Labelled, side: int | None) -> Labelled:
+    return labelled if side is None else (to_side(labelled[0], side), labelled[1])
+
+
+def _stamped(result: dict[str, Any]) -> dict[str, Any]:
+    """Each part says of itself that the guarantee does not cover it, since parts are copied one by one."""
+    stamp = {"covered_by_guarantee": False}
+
+    def stamped(part: Any) -> Any:
+        if isinstance(part, list):
+            return [stamped(entry) for entry in part]
+        return part | stamp if isinstance(part, dict) else part
+
+    return {name: stamped(part) for name, part in result.items()}
+
+
+def _memorization(
+    net: Features, synthetic: Labelled, training: Labelled, held_out: Labelled, private_folder: Path, seed: int
+) -> dict[str, Any]:
+    numbers, neighbours = compare_neighbours(net(synthetic[0]), net(training[0]), net(held_out[0]), seed)
+    make_private(private_folder)
+    write_neighbours(private_folder, neighbours, synthetic[0], training[0])
+    return numbers | {"features": net.name}
+
+
+def make_private(folder: Path) -> None:
+    """Make a private folder, if it is not there.
+
+    Raises:
+        PrivacyError: one lies there that others can read, or that is called as if it could be shared.
+    """
+    if folder.name.endswith(".private"):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_private(folder)
+
+
+def _membership(run: Run, training: Labelled, images: Images, seed: int, device: str) -> dict[str, Any]:
+    classes = read_recipe(run.folder).data.class_names or ()
+    place = np.array([classes.index(name) for name in images.class_names])  # --class_names may have another order
+    members, held_out = ((pixels, place[labels]) for pixels, labels in (training, images.held_out))
+    scores = membership_scores(run.folder, members, held_out, base=run.base, seed=seed, device=device)
+    return membership_test(scores, checked_promise(run.folder))
+
+
+def _private_classifier(run: Run, images: Images, device: str) -> dict[str, Any]:
+    """The row of a classifier trained directly with DP-SGD: a second release, at the epsilon of the run's."""
+    assert run.promise is not None and images.training is not None
+    document, recipe = checked_promise(run.folder), read_recipe(run.folder)
+    assert document is not None
+    trained = train_classifier(
+        images.training,
+        run.promise,
+        name=f"{run.folder.resolve().name}-classifier",
+        group_column=recipe.data.group_column,
+        recorded=recipe.privacy.record_spending,
+        device=torch.device(device),
+    )
+    found = utility.scores([trained.predict(images.held_out[0])], images.held_out[1])
+    return found | {"release": trained.release(), "joint_epsilon": joint_epsilon(document, run.promise)}
