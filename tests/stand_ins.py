@@ -42,7 +42,7 @@ SHORTER = {
     "pretrain": "--max_train_steps 1 --lr_warmup_steps 0 --train_batch_size 2 --resolution 16 --block_out_channels 8,16"
     " --layers_per_block 1 --norm_num_groups 4 --attention_head_dim 8 --attention_levels 1",
     "sample": "--num_images 2 --num_inference_steps 1",
-    "evaluate": "--num_images 20 --num_inference_steps 1",
+    "evaluate": "--num_images 20 --num_inference_steps 1 --num_seeds 1 --epochs 1",
     "bench": "--methods floor,ours --memory_format contiguous --rounds 1 --repeats 1 --batch_size 2 --logical_batch 2",
     "plan": "--train_batch_size 60000 --max_train_steps 100",
 }
