@@ -19,7 +19,7 @@ from dp_peft_diffusion.evaluation.summary import STAMP, Table, accuracy, tables
 from dp_peft_diffusion.evaluation.tuning import Setting, tune
 from dp_peft_diffusion.evaluation.written import markdown, write_evaluation
 
-NAMES = ("<script>alert(1)</script>", "$\\frac x | \x1b[2J", "名 _dogs_")
+NAMES = ("<script>alert(1)</script>", "$\\frac$ | \x1b[2J", "名 _dogs_")
 PRIVATE_CLASSIFIER = {"release": {"epsilon": 2.0, "statement": "SPENT."}, "joint_epsilon": 2.83}
 
 
@@ -108,7 +108,7 @@ def test_names_of_classes_are_text_in_page_and_markdown(result):
     made = tables(result)
     page, text = render_page(result, made, plots(result)), markdown(result, made)
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page
-    assert "<script" not in text and "\x1b" not in text and r"\$\\frac x \|" in text and r"\_dogs\_" in text
+    assert "<script" not in text and "\x1b" not in text and r"\$\\frac\$ \|" in text and r"\_dogs\_" in text
     for table in made:
         lines = [line for line in table.markdown.splitlines() if line.startswith("|")]
         columns = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
