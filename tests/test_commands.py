@@ -34,6 +34,7 @@ IN_SHORT = {
     "dp-peft pretrain --kind captions": (
         "dp-peft pretrain --kind captions --dataset_name PATH_TO_PUBLIC_IMAGES --vae PATH_TO_AUTOENCODER"
     ),
+    "dp-peft pretrain --kind features": "dp-peft pretrain --kind features --dataset_name PATH_TO_PUBLIC_IMAGES",
     "dp-peft train --pretrained_model_name_or_path merged": (
         "dp-peft train --pretrained_model_name_or_path merged --dataset_name path/to/images --epsilon 8"
     ),

@@ -86,12 +86,14 @@ class Run:
     Attributes:
         folder: what it shares.
         base: in place of the base that its recipe names.
+        document: privacy.json, of which every level of `verify` holds; None where nothing asks for it, or without one.
         promise: of a private classifier beside it; None where none is wanted.
     """
 
     folder: Path
     base: str | None
-    promise: Promise | None
+    document: dict[str, Any] | None = None
+    promise: Promise | None = None
 
 
 @dataclass(frozen=True)
@@ -112,18 +114,20 @@ class Images:
 
 
 def check_run(wanted: Wanted, folder: Path, base: str | None) -> Run:
-    """A run, and the promise of a private classifier beside it: refused here, before anything is computed.
+    """A run and what it promises, as far as that is wanted: refused here, before anything is computed.
 
     Raises:
         UserError: it makes no promise that a classifier could share.
         PrivacyError: it does not keep what its certificate claims.
     """
-    if not wanted.private_classifier:
-        return Run(folder, base, None)
+    if not wanted.of_a_run:
+        return Run(folder, base)
     document = checked_promise(folder)
+    if not wanted.private_classifier:
+        return Run(folder, base, document)
     if document is None:
         raise UserError(f"--private_classifier takes epsilon from the run's certificate, and {folder} has none.")
-    return Run(folder, base, promise_beside(document))
+    return Run(folder, base, document, promise_beside(document))
 
 
 def open_nets(wanted: Wanted, device: str) -> list[Features]:
@@ -154,7 +158,7 @@ def measure(
 
     Raises:
         UserError: images that cannot be compared, or too few of them.
-        PrivacyError: the private folder is none, or the run does not keep what its certificate claims.
+        PrivacyError: the private folder is none.
     """
     synthetic, held_out = (_resized(part, wanted.evaluation_resolution) for part in (images.synthetic, images.held_out))
     utility.check_images(*synthetic, held_out[0])
@@ -221,14 +225,13 @@ def _membership(run: Run, training: Labelled, images: Images, seed: int, device:
     place = np.array([classes.index(name) for name in images.class_names])  # --class_names may have another order
     members, held_out = ((pixels, place[labels]) for pixels, labels in (training, images.held_out))
     scores = membership_scores(run.folder, members, held_out, base=run.base, seed=seed, device=device)
-    return membership_test(scores, checked_promise(run.folder))
+    return membership_test(scores, run.document)
 
 
 def _private_classifier(run: Run, images: Images, device: str) -> dict[str, Any]:
     """The row of a classifier trained directly with DP-SGD: a second release, at the epsilon of the run's."""
-    assert run.promise is not None and images.training is not None
-    document, recipe = checked_promise(run.folder), read_recipe(run.folder)
-    assert document is not None
+    assert run.document is not None and run.promise is not None and images.training is not None
+    recipe = read_recipe(run.folder)
     trained = train_classifier(
         images.training,
         run.promise,
@@ -238,4 +241,4 @@ def _private_classifier(run: Run, images: Images, device: str) -> dict[str, Any]
         device=torch.device(device),
     )
     found = utility.scores([trained.predict(images.held_out[0])], images.held_out[1])
-    return found | {"release": trained.release(), "joint_epsilon": joint_epsilon(document, run.promise)}
+    return found | {"release": trained.release(), "joint_epsilon": joint_epsilon(run.document, run.promise)}

@@ -299,7 +299,8 @@ def test_a_run_that_does_not_keep_its_certificate_is_not_compared_with_it(place,
     document = (folder / "privacy.json").read_text()
     (folder / "privacy.json").write_text(document.replace('"epsilon": 9.0', '"epsilon": 90.0'))
     real = ["--dataset_name", place / "real"]
-    assert "does not keep what" in refused(folder, *real, "--private_classifier", code=3)
+    for option in ("--membership", "--private_classifier"):
+        assert "does not keep what" in refused(folder, *real, option, code=3)
 
 
 def test_the_private_folder_of_a_run_takes_the_lists_of_neighbours(place, tmp_path):
