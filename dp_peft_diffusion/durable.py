@@ -40,6 +40,12 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_weights_readable(folder: Path) -> None:
+    """Whoever may open a folder may read its weights: safetensors makes files for their owner alone."""
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def fsync_tree(folder: Path) -> None:
     """Wait until the disk has everything below `folder`."""
     for path in [*folder.rglob("*"), folder]:

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from dp_peft_diffusion.diffusion.grids import image_grid
+from dp_peft_diffusion.durable import make_weights_readable
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.pretraining.characters import Characters
 from dp_peft_diffusion.pretraining.folder import AUTOENCODER, to_bytes, write_readme
@@ -46,6 +47,7 @@ class Reconstruction:
         vae.load_state_dict(ema)
         vae.register_to_config(scaling_factor=scaling_factor(vae, self.images))
         vae.save_pretrained(output_dir / self.folder)
+        make_weights_readable(output_dir / self.folder)
         write_readme(output_dir / self.folder, self.recipe)
         originals = self._first(32)
         with torch.no_grad():

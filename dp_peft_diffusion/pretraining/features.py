@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dp_peft_diffusion.durable import make_weights_readable
 from dp_peft_diffusion.pretraining.autoencoder import open_images
 from dp_peft_diffusion.pretraining.feature_net import FeatureNet
 from dp_peft_diffusion.recipe import PretrainRecipe
@@ -42,6 +43,7 @@ class Recognition:
         net, recipe = self._new_net(), self.recipe
         net.load_state_dict({name.removeprefix("net."): ema[name] for name in ema if name.startswith("net.")})
         net.save_pretrained(output_dir / self.folder)
+        make_weights_readable(output_dir / self.folder)
         colour = "grey" if recipe.image_channels == 1 else "colour"
         images, features = Path(recipe.dataset_name).name, recipe.block_out_channels[-1]
         text = README.format(images=images, features=features, side=recipe.resolution, colour=colour)

@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, EDMEulerScheduler, StableDif
 from dp_peft_diffusion.diffusion.base_model import BaseLayout, load_base, save_base
 from dp_peft_diffusion.diffusion.grids import image_grid
 from dp_peft_diffusion.diffusion.samplers import sample_images
+from dp_peft_diffusion.durable import make_weights_readable
 from dp_peft_diffusion.pretraining.vocabulary import write_vocabulary
 from dp_peft_diffusion.recipe import PATH_TO_IMAGES, PretrainRecipe
 
@@ -40,6 +41,7 @@ def write_base(
     save_base(folder, unet, scheduler, layout)
     if vae is not None:
         vae.save_pretrained(folder / AUTOENCODER)
+    make_weights_readable(folder)
     write_readme(folder, recipe)
     base = load_base(str(folder)).to(device)
     labels = None if layout.null_class is None else torch.arange(64) * layout.null_class // 64
@@ -59,6 +61,7 @@ def write_pipeline(
     """Write a base with prompts, read it back as its users will, and draw a grid: images above samples of theirs."""
     folder = output_dir / BASE
     pipeline.save_pretrained(folder, safe_serialization=True)
+    make_weights_readable(folder)
     write_vocabulary(folder / "tokenizer", pipeline.tokenizer)
     write_readme(folder, recipe)
     base = load_base(str(folder)).to(device)

@@ -48,7 +48,7 @@ def render_card(certificate: dict, recipe: Recipe, trained_on: BaseModel, last_g
         whole_model=whole,
         lora_file=LORA_FILE if LORA_FILE in certificate["sha256"] else None,
         sample_command=f"dp-peft sample --adapter FOLDER --num_images 64{sample_arguments(recipe, trained_on)}",
-        train_command=f"dp-peft train --config recipe.yaml{train_arguments(recipe)}",
+        train_command=f"dp-peft train --config recipe.yaml{train_arguments(certificate, recipe)}",
         facts=facts(certificate, recipe),
         declared=[said(level, certificate) for level in ("tuning", "releases")],
         **snippet_facts(recipe, trained_on),
@@ -146,11 +146,13 @@ def sample_arguments(recipe: Recipe, trained_on: BaseModel) -> str:
     return words
 
 
-def train_arguments(recipe: Recipe) -> str:
-    """What `dp-peft train` cannot know from the shared recipe: where images and a local base lie."""
+def train_arguments(certificate: dict, recipe: Recipe) -> str:
+    """What `dp-peft train` cannot know from the shared recipe: where images, a local base and certificates lie."""
     data, base = recipe.data.dataset_name, recipe.model.pretrained_model_name_or_path
     words = f" --dataset_name {PATH_TO_IMAGES}" if data == PATH_TO_IMAGES else ""
-    return words + (f" --pretrained_model_name_or_path {local_place(base)}" if base.startswith("./") else "")
+    words += f" --pretrained_model_name_or_path {local_place(base)}" if base.startswith("./") else ""
+    earlier = ",".join(f"PATH_TO_CERTIFICATE_{i + 1}" for i in range(len(certificate["other_releases"])))
+    return words + (f" --prior_event {earlier}" if earlier else "")  # without it epsilon would be for this run alone
 
 
 def local_place(base: str) -> str:

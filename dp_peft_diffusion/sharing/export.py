@@ -12,6 +12,7 @@ from dp_peft_diffusion.diffusion.adapters import Adapter, to_peft, whole_model
 from dp_peft_diffusion.diffusion.base_model import BaseModel, save_base
 from dp_peft_diffusion.diffusion.class_rows import without_spares
 from dp_peft_diffusion.diffusion.conditions import ConditionTable
+from dp_peft_diffusion.durable import make_weights_readable
 from dp_peft_diffusion.errors import RunError
 from dp_peft_diffusion.privacy import adapter_form, certificate, model_files
 from dp_peft_diffusion.privacy.adapter_files import read_adapter
@@ -157,8 +158,7 @@ def write_weights(base: BaseModel, adapter: Adapter, folder: Path) -> None:
             f"the weights could not be written to {folder}: {error}. Nothing was published and nothing is lost: make "
             "room, then type the same command to go on."
         ) from error
-    for path in folder.rglob("*.safetensors"):  # the library makes files for their owner alone
-        path.chmod(next(path.parent.glob("*.json")).stat().st_mode)
+    make_weights_readable(folder)
 
 
 def write_other_files(base: BaseModel, adapter: Adapter, folder: Path, document: dict) -> None:

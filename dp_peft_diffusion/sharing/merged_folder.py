@@ -15,7 +15,7 @@ from dp_peft_diffusion.diffusion.base_folder import find_folder, read_settings
 from dp_peft_diffusion.diffusion.base_model import LAYOUT_FILE, BaseModel
 from dp_peft_diffusion.diffusion.class_rows import without_spares
 from dp_peft_diffusion.diffusion.opening import open_model
-from dp_peft_diffusion.durable import fsync_tree, move_durably, partial_of
+from dp_peft_diffusion.durable import fsync_tree, make_weights_readable, move_durably, partial_of
 from dp_peft_diffusion.errors import RunError, UserError
 from dp_peft_diffusion.privacy.certificate_form import FILE_NAME
 from dp_peft_diffusion.recipe import Recipe
@@ -124,6 +124,7 @@ def write_network(model: BaseModel, recipes: Sequence[Recipe], dtype: torch.dtyp
         model.unet, dtype
     )  # diffusers' own warns of modules to keep in float32, also where there are none
     model.unet.save_pretrained(target / "unet", safe_serialization=True)
+    make_weights_readable(target)
     without_places(target / "unet" / "config.json")
     rows = tuple(row for recipe in recipes for row in recipe.adapter.class_rows or ())
     layout = replace(without_spares(model.layout, rows), latent=model.is_latent)

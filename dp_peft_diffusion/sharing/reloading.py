@@ -117,10 +117,10 @@ def as_float32_holds_it(adapter: Adapter) -> nn.Module:
         if isinstance(layer, LoraLayer):
             layer.lora_B["default"].weight *= layer.scaling["default"]
             layer.scaling["default"] = 1.0
-    rows = copy.deepcopy(adapter.class_rows)
     as_lora = isinstance(adapter.config, LoraConfig) and CLASS_TABLE in adapter.config.rank_pattern
-    if rows is not None and not as_lora:
-        every = torch.arange(len(rows.class_of_row), device=rows.rows.device)
+    if adapter.class_rows is not None and not as_lora:
+        rows = unet.get_submodule(CLASS_TABLE)  # not adapter.class_rows, which the exporter reads
+        every = torch.arange(len(adapter.class_rows.class_of_row), device=adapter.class_rows.rows.device)
         unet.class_embedding = nn.Embedding.from_pretrained(rows(every))
     return unet
 

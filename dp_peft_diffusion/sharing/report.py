@@ -52,7 +52,7 @@ def render_report(folder: Path, certificate: dict[str, Any], recipe: Recipe, tra
         declared={level: said(level, certificate) for level in ("tuning", "releases")},
         cannot_prove=CANNOT_PROVE,
         sample_arguments=sample_arguments(recipe, trained_on),
-        train_arguments=train_arguments(recipe),
+        train_arguments=train_arguments(certificate, recipe),
     )
 
 

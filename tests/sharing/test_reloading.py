@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -103,6 +104,16 @@ def test_weights_so_large_that_they_magnify_the_rounding_of_float32_come_back_al
     adapter, conditions = trained(base, spec, size=1000.0)
     folder = write(base, adapter, tmp_path / "run")
     assert check_reload(base, adapter, conditions, folder, None).difference < 1e-9
+
+
+def test_class_rows_other_than_those_of_the_trained_net_are_caught(here, bases, tmp_path):
+    base = load(bases, "pixel_classes")
+    adapter, conditions = trained(base, Adapter(rank=2))
+    stale = copy.deepcopy(adapter.class_rows)
+    stale.codes.weight.data += 1.0
+    adapter = dataclasses.replace(adapter, class_rows=stale)  # which the exporter reads
+    with pytest.raises(RunError, match="stock peft, differ from the trained"):
+        check_reload(base, adapter, conditions, write(base, adapter, tmp_path / "run"), None)
 
 
 MANY = 150  # classes, more than there are conditions
