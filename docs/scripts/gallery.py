@@ -1,14 +1,19 @@
 """The tables of adapters/README.md, from the certificates of the released adapters and adapters/measured.json.
 
-    python docs/scripts/gallery.py        # writes them between the marks of the page
+    python docs/scripts/gallery.py measure digits-eps1 --images digits --dataset_name builtin:digits --split report
+    python docs/scripts/gallery.py        # writes the tables between the marks of the page
 
-measured.json holds, by folder, what no certificate says: the data set's name, the accuracy of a classifier that trained
-on synthetic images, and the command that measured it.
+`measure` runs `dp-peft evaluate` on a released folder and keeps what no certificate says: accuracies on held-out
+images, and the command. Folders stand in measured.json in the order in which they were trained.
 """
 
+import argparse
 import json
 from pathlib import Path
 
+from click.testing import CliRunner
+
+from dp_peft_diffusion.cli import main as dp_peft
 from dp_peft_diffusion.privacy import accounting, certificate
 from dp_peft_diffusion.privacy.composition import promise_of, read_prior
 from dp_peft_diffusion.privacy.promise import composed_event
@@ -17,36 +22,72 @@ from dp_peft_diffusion.privacy.ranges import round_up
 ADAPTERS = Path(__file__).resolve().parents[2] / "adapters"
 PAGE, MEASURED = ADAPTERS / "README.md", ADAPTERS / "measured.json"
 BEGIN, END = "<!-- begin: docs/scripts/gallery.py -->\n", "<!-- end -->\n"
+CLASSIFIERS = {"cnn": "small CNN", "logistic_regression": "logistic regression"}
 
 
 def folders() -> dict[str, dict]:
-    """Released adapter -> what was measured of it, in the order of measured.json."""
+    """Released adapter -> what was measured of it, the oldest first."""
     return json.loads(MEASURED.read_text())
+
+
+def measure(name: str, images: str, words: list[str]) -> None:
+    """Run `dp-peft evaluate` on a released folder with these options, and keep what it found."""
+    ran = CliRunner().invoke(dp_peft, ["evaluate", str(ADAPTERS / name), *words, "--format", "json"])
+    if ran.exit_code:
+        raise SystemExit(ran.output)
+    found = json.loads(ran.stdout)
+    keys = ("accuracy", "accuracies", "accuracy_stddev", "per_class_accuracy")
+    entry = {
+        "images": images,
+        "command": " ".join(["dp-peft evaluate", f"adapters/{name}", *hide_places(words)]),
+        **{key: found[key] for key in ("num_synthetic_images", "num_real_images")},
+        **{classifier: {key: found[classifier][key] for key in keys} for classifier in CLASSIFIERS},
+    }
+    MEASURED.write_text(json.dumps({**folders(), name: entry}, indent=2) + "\n")
+
+
+def hide_places(words: list[str]) -> list[str]:
+    """The options without the folders of this machine."""
+    return [f"PATH_TO/{Path(word).name}" if "/" in word else word for word in words]
 
 
 def adapter_table() -> str:
     """One row for each released adapter."""
-    rows = [
-        "| adapter | images | base | epsilon | earlier files in it | runs before, not in it | accuracy | kB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    header = ["adapter", "images", "base", "epsilon", "earlier files in it", "runs before, not in it"]
+    rows = [[*header, *CLASSIFIERS.values(), "kB"]]
     for name, measured in folders().items():
         folder = ADAPTERS / name
         document = certificate.read(folder)
-        earlier = len(document["other_releases"])
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         cells = [
             f"[{name}]({name}/README.md)",
             measured["images"],
             f"`{document['base']['name']}`",
             f"{document['guarantee']['epsilon']:g}",
-            f"{earlier or 'none'}",
+            f"{len(document['other_releases']) or 'none'}",
             f"{document['tuning']['runs']}",
-            measured["accuracy"],
+            *(accuracy(measured[classifier]) for classifier in CLASSIFIERS),
             f"{size / 1e3:,.0f}",
         ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        rows.append(cells)
+    return table(rows)
+
+
+def class_table() -> str:
+    """One row for each released adapter: how many of the real images of each class the CNN tells."""
+    measured = folders()
+    classes = list(next(iter(measured.values()))["cnn"]["per_class_accuracy"])
+    rows = [["small CNN, percent right", *classes]]
+    for name, entry in measured.items():
+        shares = entry["cnn"]["per_class_accuracy"]
+        rows.append([name, *(f"{100 * shares[label]:.0f}" for label in classes)])
+    return table(rows)
+
+
+def accuracy(found: dict) -> str:
+    """Mean in percent, and the spread over seeds of what draws anything."""
+    spread = found["accuracy_stddev"]
+    return f"{100 * found['accuracy']:.1f}" + (f" ± {100 * spread:.1f} %" if spread is not None else " %")
 
 
 def joint_epsilon(names: list[str]) -> tuple[float, float]:
@@ -60,21 +101,35 @@ def joint_epsilon(names: list[str]) -> tuple[float, float]:
 
 def joint_table() -> str:
     """One row for each data set: what all files released from it cost together."""
-    rows = ["| images | released | epsilon of all together | delta |", "|---|---|---|---|"]
-    released = folders()
+    rows, released = [["images", "released", "epsilon of all together", "delta"]], folders()
     for images in dict.fromkeys(measured["images"] for measured in released.values()):
         names = [name for name, measured in released.items() if measured["images"] == images]
         epsilon, delta = joint_epsilon(names)
-        rows.append(f"| {images} | {', '.join(names)} | {epsilon:g} | {delta:g} |")
-    return "\n".join(rows)
+        rows.append([images, ", ".join(names), f"{epsilon:g}", f"{delta:g}"])
+    return table(rows)
+
+
+def table(rows: list[list[str]]) -> str:
+    """Rows as Markdown, the first of them the header."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 def rendered(page: str) -> str:
     """The page with fresh tables between its marks."""
     before, rest = page.split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}{adapter_table()}\n\n{joint_table()}\n{END}{after}"
+    tables = "\n\n".join([adapter_table(), joint_table(), class_table()])
+    return f"{before}{BEGIN}{tables}\n{END}{after}"
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers(dest="command")
+    measuring = commands.add_parser("measure")
+    measuring.add_argument("name")
+    measuring.add_argument("--images", required=True, help="as the table calls them")
+    given, options = parser.parse_known_args()
+    if given.command == "measure":
+        measure(given.name, given.images, options)
     PAGE.write_text(rendered(PAGE.read_text()))

@@ -292,6 +292,7 @@ COMMANDS = {  # that open an adapter; {} is its folder, and what they make lies 
     "merge": "merge --adapter {} --output_dir {}-out",
     "evaluate": "evaluate {} --dataset_name builtin:digits --num_images 1",
     "export": "export {} --format kohya --output {}-out.safetensors",
+    "push": "push {} somebody/something --dry_run",
     "verify": "verify {}",
 }
 RECIPE = "data: {class_names: [a]}\nadapter: {class_rows: [1937]}\nprivacy: {epsilon: 1}\n"
@@ -316,7 +317,11 @@ def test_every_command_that_opens_an_adapter_refuses_a_hostile_one_in_one_line(t
         assert result.exit_code in (2, 3), (name, result.output, result.exception)
         last = result.stderr.splitlines()[-1]
         assert last.startswith("error: ") and isinstance(result.exception, SystemExit), (name, result.output)
-        assert name == "verify" or re.search(reason, last), (name, last)
+        assert name in ("verify", "push") or re.search(reason, last), (name, last)  # which look at all files at once
+    looked = CliRunner().invoke(
+        main, ["inspect", str(tmp_path / "run")]
+    )  # which shows what is there
+    assert looked.exit_code in (0, 2, 3) and isinstance(looked.exception, SystemExit | None), looked.exception
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run-good"], "nothing was made"
 
 
