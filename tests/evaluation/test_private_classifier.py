@@ -188,10 +188,10 @@ def test_all_planned_steps_are_in_the_data_sets_ledger_before_the_first(monkeypa
     monkeypatch.setattr(private_classifier, "add_noise", stopped)
     for recorded in (False, True, True):
         with pytest.raises(KeyboardInterrupt):
-            trained(images, recorded=recorded, name="digits, classifier")
+            trained(images, recorded=recorded, name="digits, classifier", group_column="patient")
     entries = spending.spendings(spending.data_set_id(images.source_digest))
-    assert [(entry.folder, entry.steps, entry.mechanism) for entry in entries] == [
-        ("digits, classifier", STEPS, PROMISE.mechanism)
+    assert [(entry.folder, entry.group_column, entry.steps, entry.mechanism) for entry in entries] == [
+        ("digits, classifier", "patient", STEPS, PROMISE.mechanism)
     ] * 2
 
 

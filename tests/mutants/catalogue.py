@@ -502,6 +502,24 @@ SECOND_RELEASE = (  # the classifier that is trained directly: the same failures
         "evaluation.private_classifier:train_classifier", "PerSampleClipper(net, mechanism.max_grad_norm)",
         "PerSampleClipper(net)",
     ),
+    mutant(
+        "the classifier's entry in the ledger does not say whose", 15, second_release.second_release,
+        "evaluation.private_classifier:train_classifier", "name, mechanism, group_column)", "name, mechanism)",
+    ),
+    mutant(
+        "the classifier is promised to single images of a group", 25, second_release.second_prices,
+        "evaluation.private_classifier:promise_beside",
+        "max_examples_per_group=run.mechanism.max_examples_per_group,", "",
+    ),
+    mutant(
+        "the classifier is promised under another relation", 25, second_release.second_prices,
+        "evaluation.private_classifier:promise_beside",
+        "neighboring_relation=run.mechanism.neighboring_relation,", "",
+    ),
+    mutant(
+        "beside a classifier, the run's earlier releases are free", 15, second_release.second_prices,
+        "evaluation.private_classifier:joint_epsilon", "(*run.prior, release)", "(release,)",
+    ),
 )  # fmt: skip
 
 MUTANTS = (*FIRST_ROWS, *MIDDLE_ROWS, *LAST_ROWS, *SECOND_RELEASE)
@@ -528,4 +546,5 @@ CHECKS = (
     bookkeeping.ledger,
     encodings.encodings,
     second_release.second_release,
+    second_release.second_prices,
 )
