@@ -16,8 +16,9 @@ from dp_peft_diffusion.evaluation.features import Features, open_features
 from dp_peft_diffusion.evaluation.fidelity import fidelity
 from dp_peft_diffusion.evaluation.membership import membership_scores, membership_test
 from dp_peft_diffusion.evaluation.memorization import check_private, compare_neighbours, write_neighbours
-from dp_peft_diffusion.evaluation.private_classifier import joint_epsilon, promise_beside, train_classifier
+from dp_peft_diffusion.evaluation.private_classifier import promise_beside, train_classifier
 from dp_peft_diffusion.evaluation.synthetic_images import to_side
+from dp_peft_diffusion.evaluation.together import price_together
 from dp_peft_diffusion.evaluation.tuning import tune
 from dp_peft_diffusion.privacy.adapter_recipe import read_recipe
 from dp_peft_diffusion.privacy.promise import Promise
@@ -232,13 +233,17 @@ def _private_classifier(run: Run, images: Images, device: str) -> dict[str, Any]
     """The row of a classifier trained directly with DP-SGD: a second release, at the epsilon of the run's."""
     assert run.document is not None and run.promise is not None and images.training is not None
     recipe = read_recipe(run.folder)
-    trained = train_classifier(
-        images.training,
-        run.promise,
-        name=f"{run.folder.resolve().name}-classifier",
-        group_column=recipe.data.group_column,
-        recorded=recipe.privacy.record_spending,
-        device=torch.device(device),
-    )
+    noted: dict[str, Any] = {
+        "group_column": recipe.data.group_column,
+        "recorded": recipe.privacy.record_spending,
+    }
+    together = price_together(run.document, run.promise, images.training.source_digest, **noted)
+    name = f"{run.folder.resolve().name}-classifier"
+    trained = train_classifier(images.training, run.promise, name=name, device=torch.device(device), **noted)
     found = utility.scores([trained.predict(images.held_out[0])], images.held_out[1])
-    return found | {"release": trained.release(), "joint_epsilon": joint_epsilon(run.document, run.promise)}
+    return found | {
+        "release": trained.release(),
+        "joint_epsilon": together.epsilon,
+        "earlier_classifiers": together.earlier_classifiers,
+        "not_counted": list(together.not_counted),
+    }

@@ -6,7 +6,7 @@ second release of the same records, so its epsilon comes on top of that of the i
 
 import dataclasses
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from dp_peft_diffusion.training import micro_batches
 MAX_GRAD_NORM, EXPECTED_BATCH_SIZE, STEPS = 0.1, 1024, 120
 DEFAULTS = Train(optimizer="sgd", learning_rate=8.0, momentum=0.9, micro_batch_size=256)
 SMALLEST_SIDE = {1: 16, 3: 8}
+LEDGER_PREFIX = "classifier-"  # of the random names of classifiers in the ledger of a data set
 IN_ADDITION = (
     "A second release of the same images: its epsilon comes in addition to that of the synthetic images, and is "
     "spent whether its accuracy is published or not."
@@ -112,14 +113,15 @@ def promise_beside(
     return make_promise(mechanism, epsilon=run.epsilon, delta=run.delta)
 
 
-def joint_epsilon(document: dict[str, Any], classifier: Promise) -> float | None:
-    """Epsilon of a run and a classifier together at the run's delta, rounded up; None when above what can be promised.
+def joint_epsilon(document: dict[str, Any], classifier: Promise, earlier: Sequence[Release] = ()) -> float | None:
+    """Epsilon of a run and classifiers together at the run's delta, rounded up; None when above what can be promised.
 
-    Priced as a run that lists the classifier among its earlier releases: its tuning and its other releases count too.
+    Priced as a run that lists them among its earlier releases: its tuning and its other releases count too.
 
     Args:
         document: privacy.json of the run, in its strict form.
         classifier: from `promise_beside`, or of the same relation and unit.
+        earlier: classifiers that were trained beside it before, of the same relation and unit.
 
     Raises:
         UserError: relation or unit differ, or the run promises nothing because somebody gave its key.
@@ -131,7 +133,7 @@ def joint_epsilon(document: dict[str, Any], classifier: Promise) -> float | None
             "Train it again without a key."
         )
     release = Release(mechanism=classifier.mechanism, source="a classifier trained directly")
-    priced = dataclasses.replace(run, prior=(*run.prior, release)).priced
+    priced = dataclasses.replace(run, prior=(*run.prior, *earlier, release)).priced
     return round_up(priced) if priced <= EPSILONS[1] else None
 
 
@@ -182,7 +184,8 @@ def train_classifier(
     clipper = PerSampleClipper(net, mechanism.max_grad_norm)
     check_gradients(clipper, classification_losses, made_up_batch(shape, len(images.class_names), device))
     if recorded:
-        spending.record_spending(images.source_digest, secrets.token_hex(8), 1, name, mechanism, group_column)
+        entry = LEDGER_PREFIX + secrets.token_hex(8)
+        spending.record_spending(images.source_digest, entry, 1, name, mechanism, group_column)
     private_steps(clipper, images, mechanism, train, key or new_key())
     return PrivateClassifier(net, promise, "os" if key is None else "given")
 

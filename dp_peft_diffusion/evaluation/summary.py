@@ -89,9 +89,11 @@ def _utility(result: dict[str, Any]) -> Table:
         found = result["private_classifier"]
         release, joint = found["release"], found["joint_epsilon"]
         together = "above 100" if joint is None else f"{joint:g}"
+        if found["earlier_classifiers"]:
+            together += f", with {found['earlier_classifiers']} earlier classifier(s)"
         images = f"real images, at epsilon {release['epsilon']:g} in addition (together {together})"
         rows.append(("CNN trained with DP-SGD", images, accuracy(found)))
-        note = release["statement"]
+        note = " ".join([release["statement"], *found["not_counted"]])
     title = f"Accuracy on {result['num_real_images']:,} real images"
     return Table(title, ("classifier", "trained on", "accuracy"), tuple(rows), note)
 

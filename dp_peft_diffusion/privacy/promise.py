@@ -250,6 +250,13 @@ def _per_image(promise: Promise) -> float | None:
     return round_up(epsilon) if math.isfinite(epsilon) else None
 
 
+def not_counted(promise: Promise) -> str:
+    """The sentence on runs that epsilon is not for; empty where none are told."""
+    if promise.unpaid_runs is None:
+        return ""
+    return f"NOT counted: {promise.unpaid_runs} earlier run(s) on the same records, from which options were chosen."
+
+
 def statement(promise: Promise, guarantee: dict[str, Any]) -> str:
     """The promise in plain words, with the figures of `guarantee`."""
     mechanism, epsilon, delta = promise.mechanism, guarantee["epsilon"], guarantee["delta"]
@@ -277,9 +284,7 @@ def statement(promise: Promise, guarantee: dict[str, Any]) -> str:
         smaller = "the smaller " if guarantee["epsilon_per_image"] < epsilon else ""
         beside = f" For one image of a group, epsilon is {smaller}{guarantee['epsilon_per_image']:g}."
     if promise.unpaid_runs is not None:
-        beside += (
-            f" NOT counted: {promise.unpaid_runs} earlier run(s) on the same records, from which options were chosen."
-        )
+        beside += f" {not_counted(promise)}"
     return (
         f"{change} changes the probability of any outcome of {' and '.join(covered)} by a factor of at most "
         f"e^{epsilon:g} = {math.exp(epsilon):.4g}, and by {delta:g} on top. {known} An attacker who knows everything "

@@ -16,6 +16,7 @@ from dp_peft_diffusion.cli import evaluation, main
 from dp_peft_diffusion.diffusion import base_folder, generation
 from dp_peft_diffusion.evaluation import classifiers, measurements, summary
 from dp_peft_diffusion.evaluation.private_classifier import promise_beside
+from dp_peft_diffusion.evaluation.together import Together
 from dp_peft_diffusion.evaluation.tuning import Setting, tune
 from dp_peft_diffusion.privacy import adapter_files, spending
 from dp_peft_diffusion.recipe import Adapter, Data
@@ -226,7 +227,7 @@ def test_a_private_classifier_beside_a_run_of_groups_reads_images_by_group(place
 
     monkeypatch.setattr(measurements, "checked_promise", lambda _: {})  # pricing groups takes seconds
     monkeypatch.setattr(measurements, "promise_beside", lambda _: "promise")
-    monkeypatch.setattr(measurements, "joint_epsilon", lambda *_: None)
+    monkeypatch.setattr(measurements, "price_together", lambda *_, **__: Together(None, 0, ()))
     monkeypatch.setattr(measurements, "train_classifier", train)
     words = ["--dataset_name", place / "real", "--training_dataset_name", tmp_path / "scans.parquet", *QUICK]
     result = invoke(tmp_path / "run", *words, *SAMPLED, "--private_classifier", "--reference")

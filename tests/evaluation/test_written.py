@@ -21,6 +21,7 @@ from dp_peft_diffusion.evaluation.written import markdown, write_evaluation
 
 NAMES = ("<script>alert(1)</script>", "$\\frac$ | \x1b[2J", "名 _dogs_")
 PRIVATE_CLASSIFIER = {"release": {"epsilon": 2.0, "statement": "SPENT."}, "joint_epsilon": 2.83}
+PRIVATE_CLASSIFIER |= {"earlier_classifiers": 0, "not_counted": []}
 
 
 def wanted(**changes):
@@ -72,6 +73,10 @@ def test_the_row_of_the_private_classifier_says_that_its_epsilon_comes_in_additi
     assert "epsilon 2 in addition (together 2.83)" in table.rows[-1][1] and table.note.endswith("SPENT.")
     above = result | {"private_classifier": result["private_classifier"] | {"joint_epsilon": None}}
     assert "(together above 100)" in tables(above)[0].rows[-1][1]
+    more = {"earlier_classifiers": 2, "not_counted": ["NOT counted: 3 earlier run(s)."]}
+    table, *_ = tables(result | {"private_classifier": result["private_classifier"] | more})
+    assert "(together 2.83, with 2 earlier classifier(s))" in table.rows[-1][1]
+    assert table.note.endswith("SPENT. NOT counted: 3 earlier run(s).")
 
 
 def test_a_finding_stands_under_its_table_and_without_a_promise_there_is_no_bound(result):

@@ -518,7 +518,7 @@ SECOND_RELEASE = (  # the classifier that is trained directly: the same failures
     ),
     mutant(
         "beside a classifier, the run's earlier releases are free", 15, second_release.second_prices,
-        "evaluation.private_classifier:joint_epsilon", "(*run.prior, release)", "(release,)",
+        "evaluation.private_classifier:joint_epsilon", "(*run.prior, *earlier, release)", "(*earlier, release)",
     ),
 )  # fmt: skip
 
