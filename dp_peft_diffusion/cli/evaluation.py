@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dp_peft_diffusion.diffusion.generation import ImageSource
-    from dp_peft_diffusion.evaluation.measurements import Images, Wanted
+    from dp_peft_diffusion.evaluation.measurements import Images, Labelled, Wanted
 
 _REAL_IMAGES = ("dataset_name", "dataset_config_name", "split", "image_column", "label_column", "center_crop")
 _SAMPLER = ("scheduler", "num_inference_steps", "guidance_scale", "seed", "base")
@@ -165,26 +166,36 @@ def check_places(wanted: Wanted, run: Path | None, output_dir: Path | None, publ
 
 
 def measured(
-    wanted: Wanted, synthetic: Path, run: Path | None, public: bool, output_dir: Path | None, settings: dict[str, Any]
+    wanted: Wanted, path: Path, run: Path | None, public: bool, output_dir: Path | None, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Everything that is wanted. All that is needed is opened before anything is computed."""
-    from dp_peft_diffusion.evaluation.measurements import check_run, measure, open_nets
+    """Everything that is wanted. All that is needed is opened, and refused, before anything is computed."""
+    from dp_peft_diffusion.evaluation.measurements import check_images, check_run, measure, open_nets
+    from dp_peft_diffusion.evaluation.written import make_output
 
     device = fastest_device()
     with warnings_as_hints():
+        nets = open_nets(wanted, device)
+        checked = None if run is None else check_run(wanted, run, settings["base"])
+        images, synthetic = opened(wanted, path, run, settings)
+        check_images(wanted, checked, images)
+        if output_dir is not None:
+            make_output(output_dir, public)
         return measure(
             wanted,
-            open_nets(wanted, device),
-            run=None if run is None else check_run(wanted, run, settings["base"]),
-            images=opened(wanted, synthetic, run, settings),
+            nets,
+            synthetic(),
+            images,
+            run=checked,
             declared_public=public,
             device=device,
             private_folder=private_place(run, output_dir),
         )
 
 
-def opened(wanted: Wanted, synthetic: Path, run: Path | None, settings: dict[str, Any]) -> Images:
-    """The images that are compared; a run is sampled last."""
+def opened(
+    wanted: Wanted, path: Path, run: Path | None, settings: dict[str, Any]
+) -> tuple[Images, Callable[[], Labelled]]:
+    """The real images, and what gives the synthetic ones: a run is sampled when everything else is in order."""
     from dp_peft_diffusion.diffusion.datasets import open_examples
     from dp_peft_diffusion.diffusion.encoder import PixelEncoder
     from dp_peft_diffusion.diffusion.generation import open_source
@@ -193,23 +204,28 @@ def opened(wanted: Wanted, synthetic: Path, run: Path | None, settings: dict[str
 
     data = Data(**{key: settings[key] for key in _REAL_IMAGES})
     names = split(settings["class_names"]) if settings["class_names"] else None
+    synthetic: Callable[[], Labelled]
     if run is not None:
         known = adapter_classes([run], "Classifiers need them: only adapters with classes can be evaluated.")
         announce_base([run], settings["base"])
         sampler, names = {key: settings[key] for key in _SAMPLER}, names or known
         source = open_source(run, class_labels=names, device=fastest_device(), **sampler)
         encoder = PixelEncoder(resolution=source.base.resolution, image_channels=source.base.image_channels)
+        synthetic = partial(sampled, source, names, settings["num_images"])
     else:
         names = names or listed_classes(data)
-        images, labels = load_synthetic(synthetic, names)
-        encoder = PixelEncoder(resolution=images.shape[2], image_channels=images.shape[1])
+        loaded = load_synthetic(path, names)
+        encoder = PixelEncoder(resolution=loaded[0].shape[2], image_channels=loaded[0].shape[1])
+
+        def given() -> Labelled:
+            return loaded
+
+        synthetic = given
     data = replace(data, class_names=names)
     held_out, training = open_examples(data, encoder, None).valid_arrays(), None
     if wanted.of_training_images:
         training = open_examples(trained_on(data, run, settings), encoder, None)
-    if run is not None:
-        images, labels = sampled(source, names, settings["num_images"])
-    return Images(names, (images, labels), held_out, training)
+    return Images(names, held_out, training), synthetic
 
 
 def trained_on(data: Data, run: Path | None, settings: dict[str, Any]) -> Data:

@@ -16,9 +16,9 @@ from dp_peft_diffusion.evaluation.features import Features, open_features
 from dp_peft_diffusion.evaluation.fidelity import fidelity
 from dp_peft_diffusion.evaluation.membership import membership_scores, membership_test
 from dp_peft_diffusion.evaluation.memorization import check_private, compare_neighbours, write_neighbours
-from dp_peft_diffusion.evaluation.private_classifier import promise_beside, train_classifier
+from dp_peft_diffusion.evaluation.private_classifier import check_trainable, promise_beside, train_classifier
 from dp_peft_diffusion.evaluation.synthetic_images import to_side
-from dp_peft_diffusion.evaluation.together import price_together
+from dp_peft_diffusion.evaluation.together import Together, price_together
 from dp_peft_diffusion.evaluation.tuning import tune
 from dp_peft_diffusion.privacy.adapter_recipe import read_recipe
 from dp_peft_diffusion.privacy.promise import Promise
@@ -99,17 +99,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Images:
-    """What is compared: images of one size, and of the same classes.
+    """The real images, of one size, that synthetic ones of the same classes are compared with.
 
     Attributes:
         class_names: of the labels.
-        synthetic: the images that are judged.
         held_out: real ones that were not trained on.
         training: those that were; None where nothing looks at them.
     """
 
     class_names: tuple[str, ...]
-    synthetic: Labelled
     held_out: Labelled
     training: PrivateImages | None
 
@@ -131,6 +129,19 @@ def check_run(wanted: Wanted, folder: Path, base: str | None) -> Run:
     return Run(folder, base, document, promise_beside(document))
 
 
+def check_images(wanted: Wanted, run: Run | None, images: Images) -> None:
+    """Whether a private classifier can be trained and priced: refused here, before anything is sampled.
+
+    Raises:
+        UserError: the images are not those of the run's promise, or the classifier's does not add up with it.
+        RunError: the data set's ledger cannot be used.
+    """
+    if wanted.private_classifier and run is not None:
+        assert run.promise is not None and images.training is not None
+        check_trainable(images.training, run.promise, read_recipe(run.folder).data.group_column)
+        _together(run, images.training)
+
+
 def open_nets(wanted: Wanted, device: str) -> list[Features]:
     """The nets of --features, and a check of the classifiers' names: refused here, before anything is computed.
 
@@ -145,6 +156,7 @@ def open_nets(wanted: Wanted, device: str) -> list[Features]:
 def measure(
     wanted: Wanted,
     nets: list[Features],
+    synthetic: Labelled,
     images: Images,
     *,
     declared_public: bool,
@@ -161,7 +173,7 @@ def measure(
         UserError: images that cannot be compared, or too few of them.
         PrivacyError: the private folder is none.
     """
-    synthetic, held_out = (_resized(part, wanted.evaluation_resolution) for part in (images.synthetic, images.held_out))
+    synthetic, held_out = (_resized(part, wanted.evaluation_resolution) for part in (synthetic, images.held_out))
     utility.check_images(*synthetic, held_out[0])
     found: dict[str, Any] = {"fidelity": [fidelity(net, held_out[0], synthetic[0], seed=wanted.seed) for net in nets]}
     if images.training is not None:
@@ -231,15 +243,11 @@ def _membership(run: Run, training: Labelled, images: Images, seed: int, device:
 
 def _private_classifier(run: Run, images: Images, device: str) -> dict[str, Any]:
     """The row of a classifier trained directly with DP-SGD: a second release, at the epsilon of the run's."""
-    assert run.document is not None and run.promise is not None and images.training is not None
-    recipe = read_recipe(run.folder)
-    noted: dict[str, Any] = {
-        "group_column": recipe.data.group_column,
-        "recorded": recipe.privacy.record_spending,
-    }
-    together = price_together(run.document, run.promise, images.training.source_digest, **noted)
-    name = f"{run.folder.resolve().name}-classifier"
-    trained = train_classifier(images.training, run.promise, name=name, device=torch.device(device), **noted)
+    assert run.promise is not None and images.training is not None
+    together, name = _together(run, images.training), f"{run.folder.resolve().name}-classifier"
+    trained = train_classifier(
+        images.training, run.promise, name=name, device=torch.device(device), **_accounted(run.folder)
+    )
     found = utility.scores([trained.predict(images.held_out[0])], images.held_out[1])
     return found | {
         "release": trained.release(),
@@ -247,3 +255,14 @@ def _private_classifier(run: Run, images: Images, device: str) -> dict[str, Any]
         "earlier_classifiers": together.earlier_classifiers,
         "not_counted": list(together.not_counted),
     }
+
+
+def _together(run: Run, training: PrivateImages) -> Together:
+    assert run.document is not None and run.promise is not None
+    return price_together(run.document, run.promise, training.source_digest, **_accounted(run.folder))
+
+
+def _accounted(folder: Path) -> dict[str, Any]:
+    """Whose images the unit is, and whether the data set's ledger is told: as for the run."""
+    recipe = read_recipe(folder)
+    return {"group_column": recipe.data.group_column, "recorded": recipe.privacy.record_spending}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dp_peft_diffusion.diffusion.datasets import Examples, PrivateImages
-from dp_peft_diffusion.errors import RunError, UserError
+from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.gradients.clipper import PerSampleClipper
 from dp_peft_diffusion.gradients.functional import Gradients
 from dp_peft_diffusion.gradients.noise import add_noise
@@ -137,6 +137,29 @@ def joint_epsilon(document: dict[str, Any], classifier: Promise, earlier: Sequen
     return round_up(priced) if priced <= EPSILONS[1] else None
 
 
+def check_trainable(images: PrivateImages, promise: Promise, group_column: str | None = None) -> None:
+    """Whether `train_classifier` takes these images for this promise; nothing is spent.
+
+    Raises:
+        UserError: they have no classes, are too small or not those that the promise is for, or the promise is for
+            groups and no column is given.
+    """
+    mechanism = promise.mechanism
+    if images.class_names is None:
+        raise UserError("a classifier needs classes, and these images have none. Give --label_column.")
+    if mechanism.max_examples_per_group > 1 and group_column is None:
+        raise UserError(
+            f"the promise is for groups of at most {mechanism.max_examples_per_group} images, and the run's recipe has "
+            "no group_column to tell them by. Leave --private_classifier out."
+        )
+    if mechanism.num_examples not in (None, len(images)):
+        raise UserError(
+            "there are more or fewer training images than the run's certificate is for. Give those that the run was "
+            "trained on: --training_dataset_name, --training_split."
+        )
+    make_net(tuple(images.read([-1]).clean.shape[2:]), len(images.class_names), seed=0)
+
+
 def train_classifier(
     images: PrivateImages,
     promise: Promise,
@@ -166,19 +189,12 @@ def train_classifier(
         key: 16 bytes in place of the operating system's, for tests: whoever knows it can take the noise off.
 
     Raises:
-        UserError: the images have no classes, are too small, or the promise is for groups and no column is given.
-        RunError: there are more or fewer images than the promise is for, or the ledger cannot be written.
+        UserError: as of `check_trainable`.
+        RunError: the ledger cannot be written.
     """
+    check_trainable(images, promise, group_column)
     mechanism, device = promise.mechanism, torch.device(device)
-    if images.class_names is None:
-        raise UserError("a classifier needs classes, and these images have none. Give --label_column.")
-    if mechanism.max_examples_per_group > 1 and group_column is None:
-        raise UserError(
-            f"the promise is for groups of at most {mechanism.max_examples_per_group} images, so images must be read "
-            "by group, as for the run. Give --group_column."
-        )
-    if mechanism.num_examples not in (None, len(images)):
-        raise RunError("there are more or fewer images than the noise was calibrated for. Type the same command again.")
+    assert images.class_names is not None
     shape = images.read([-1]).clean.shape[2:]
     net = make_net(tuple(shape), len(images.class_names), train.seed).to(device)
     clipper = PerSampleClipper(net, mechanism.max_grad_norm)
@@ -253,7 +269,8 @@ def make_net(shape: tuple[int, ...], num_classes: int, seed: int) -> nn.Sequenti
     if channels not in SMALLEST_SIDE or min(side, width) < SMALLEST_SIDE[channels]:
         raise UserError(
             f"the private classifier takes grey images from side {SMALLEST_SIDE[1]} and colour images from side "
-            f"{SMALLEST_SIDE[3]}, not {channels}x{side}x{width}. Set --evaluation_resolution 16."
+            f"{SMALLEST_SIDE[3]}, and the base of this run sees {channels}x{side}x{width}. Leave "
+            "--private_classifier out."
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

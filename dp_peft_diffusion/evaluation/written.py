@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dp_peft_diffusion.durable import write_durably
+from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.evaluation.measurements import make_private
 from dp_peft_diffusion.evaluation.page import CAPTIONS, render_page
 from dp_peft_diffusion.evaluation.plots import plots
@@ -21,10 +22,7 @@ def write_evaluation(folder: Path, result: dict[str, Any], tables: list[Table]) 
         OSError: the folder cannot be written.
     """
     public = result["declared_public"]
-    if public:
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
-        make_private(folder)
+    make_output(folder, public)
     drawn = plots(result)
     files = {
         JSON_FILE: json.dumps(result, indent=2).encode() + b"\n",
@@ -36,6 +34,22 @@ def write_evaluation(folder: Path, result: dict[str, Any], tables: list[Table]) 
         write_durably(folder / name, content, 0o644 if public else 0o600)
     for name in set(CAPTIONS) - set(drawn):
         (folder / name).unlink(missing_ok=True)
+
+
+def make_output(folder: Path, public: bool) -> None:
+    """Make the folder, if it is not there: before what is long to compute, or spends epsilon.
+
+    Raises:
+        UserError: it cannot be made.
+        PrivacyError: the numbers are of private images, and the folder is not a private one.
+    """
+    try:
+        if public:
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            make_private(folder)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be made: {error.strerror}. Choose another.") from error
 
 
 def markdown(result: dict[str, Any], tables: list[Table]) -> str:

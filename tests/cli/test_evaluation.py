@@ -14,7 +14,8 @@ from tiny_models import tiny_base_folder
 
 from dp_peft_diffusion.cli import evaluation, main
 from dp_peft_diffusion.diffusion import base_folder, generation
-from dp_peft_diffusion.evaluation import classifiers, measurements, summary
+from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.evaluation import classifiers, measurements, private_classifier, summary
 from dp_peft_diffusion.evaluation.private_classifier import promise_beside
 from dp_peft_diffusion.evaluation.together import Together
 from dp_peft_diffusion.evaluation.tuning import Setting, tune
@@ -227,6 +228,7 @@ def test_a_private_classifier_beside_a_run_of_groups_reads_images_by_group(place
 
     monkeypatch.setattr(measurements, "checked_promise", lambda _: {})  # pricing groups takes seconds
     monkeypatch.setattr(measurements, "promise_beside", lambda _: "promise")
+    monkeypatch.setattr(measurements, "check_trainable", lambda *_: None)
     monkeypatch.setattr(measurements, "price_together", lambda *_, **__: Together(None, 0, ()))
     monkeypatch.setattr(measurements, "train_classifier", train)
     words = ["--dataset_name", place / "real", "--training_dataset_name", tmp_path / "scans.parquet", *QUICK]
@@ -285,6 +287,30 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_sampled(place, no
     for more in ([], ["--class_names", "top,bottom"]):
         error = refused(tmp_path / "run", *real, *more)
         assert "has no classes" in error and "--class_labels" not in error
+
+
+def test_what_a_private_classifier_cannot_be_trained_on_is_refused_before_anything_is_sampled(
+    place, no_sampling, tmp_path, monkeypatch
+):
+    words = [place / "run", "--dataset_name", place / "real", *QUICK, "--private_classifier"]
+    write_parquet(tmp_path / "few.parquet", *stripes(20, 3), NAMES)
+    error = refused(*words, "--training_dataset_name", tmp_path / "few.parquet")
+    assert "more or fewer training images" in error and "--training_dataset_name" in error
+    (tmp_path / "file").write_text("")
+    error = refused(*words, "--declared_public", "--output_dir", tmp_path / "file")
+    assert f"--output_dir {tmp_path}/file cannot be made" in error
+    monkeypatch.setattr(private_classifier, "SMALLEST_SIDE", {1: 17, 3: 17})
+    error = refused(*words)
+    assert "sees 1x16x16" in error and "--evaluation_resolution" not in error
+
+
+def test_a_price_that_does_not_add_up_is_told_before_anything_is_sampled(place, no_sampling, monkeypatch):
+    def refuse(*_, **__):
+        raise UserError("no price. Train on others.")
+
+    monkeypatch.setattr(measurements, "price_together", refuse)
+    words = [place / "run", "--dataset_name", place / "real", *QUICK, "--private_classifier"]
+    assert "no price" in refused(*words)
 
 
 def test_a_run_that_does_not_keep_its_certificate_is_not_compared_with_it(place, tmp_path, no_sampling):

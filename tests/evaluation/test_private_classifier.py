@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from dp_peft_diffusion.diffusion.datasets import PrivateImages
-from dp_peft_diffusion.errors import RunError, UserError
+from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.evaluation import private_classifier
 from dp_peft_diffusion.evaluation.private_classifier import (
     joint_epsilon,
@@ -245,10 +245,10 @@ def test_images_that_cannot_be_trained_on_are_refused_before_anything_is_spent(m
     unlabelled.class_names = None
     with pytest.raises(UserError, match="needs classes"):
         trained(unlabelled, recorded=True)
-    with pytest.raises(UserError, match="grey images from side 16.*not 1x8x8"):
+    with pytest.raises(UserError, match="grey images from side 16.*sees 1x8x8"):
         trained(private(images[:, :, :8, :8], labels), recorded=True)
     groups = dataclasses.replace(PROMISE.mechanism, max_examples_per_group=3)
-    with pytest.raises(UserError, match="groups of at most 3.*--group_column"):
+    with pytest.raises(UserError, match="groups of at most 3.*no group_column"):
         trained(private(images, labels), dataclasses.replace(PROMISE, mechanism=groups), recorded=True)
-    with pytest.raises(RunError, match="more or fewer images"):
+    with pytest.raises(UserError, match="more or fewer training images.*--training_dataset_name"):
         trained(private(images[1:], labels[1:]), recorded=True)

@@ -33,8 +33,8 @@ def wanted(**changes):
 
 def found(public=False, names=NAMES, **changes):
     asked = wanted(**changes)
-    images = Images(names, make_stripes(60, 0), make_stripes(60, 1), None)
-    return measure(asked, open_nets(asked, "cpu"), images, declared_public=public, device="cpu")
+    synthetic, images = make_stripes(60, 0), Images(names, make_stripes(60, 1), None)
+    return measure(asked, open_nets(asked, "cpu"), synthetic, images, declared_public=public, device="cpu")
 
 
 @pytest.fixture(scope="module")
