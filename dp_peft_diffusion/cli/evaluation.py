@@ -200,6 +200,7 @@ def opened(
     from dp_peft_diffusion.diffusion.encoder import PixelEncoder
     from dp_peft_diffusion.diffusion.generation import open_source
     from dp_peft_diffusion.evaluation.measurements import Images
+    from dp_peft_diffusion.evaluation.separation import check_other_split, count_identical
     from dp_peft_diffusion.evaluation.synthetic_images import load_synthetic
 
     data = Data(**{key: settings[key] for key in _REAL_IMAGES})
@@ -222,10 +223,13 @@ def opened(
 
         synthetic = given
     data = replace(data, class_names=names)
-    held_out, training = open_examples(data, encoder, None).valid_arrays(), None
-    if wanted.of_training_images:
-        training = open_examples(trained_on(data, run, settings), encoder, None)
-    return Images(names, held_out, training), synthetic
+    if not wanted.of_training_images:
+        return Images(names, open_examples(data, encoder, None).valid_arrays()), synthetic
+    training_data = trained_on(data, run, settings)
+    check_other_split(data, training_data)
+    held_out, training = (open_examples(part, encoder, None) for part in (data, training_data))
+    identical = count_identical(held_out, training)
+    return Images(names, held_out.valid_arrays(), training, identical), synthetic
 
 
 def trained_on(data: Data, run: Path | None, settings: dict[str, Any]) -> Data:

@@ -17,10 +17,12 @@ from dp_peft_diffusion.evaluation.fidelity import fidelity
 from dp_peft_diffusion.evaluation.membership import membership_scores, membership_test
 from dp_peft_diffusion.evaluation.memorization import check_private, compare_neighbours, write_neighbours
 from dp_peft_diffusion.evaluation.private_classifier import check_trainable, promise_beside, train_classifier
+from dp_peft_diffusion.evaluation.separation import is_of_run
 from dp_peft_diffusion.evaluation.synthetic_images import to_side
 from dp_peft_diffusion.evaluation.together import Together, price_together
 from dp_peft_diffusion.evaluation.tuning import tune
 from dp_peft_diffusion.privacy.adapter_recipe import read_recipe
+from dp_peft_diffusion.privacy.composition import promise_of
 from dp_peft_diffusion.privacy.promise import Promise
 from dp_peft_diffusion.sharing.promises import checked_promise
 
@@ -105,11 +107,13 @@ class Images:
         class_names: of the labels.
         held_out: real ones that were not trained on.
         training: those that were; None where nothing looks at them.
+        identical: how many held-out images have the pixels of a training image.
     """
 
     class_names: tuple[str, ...]
     held_out: Labelled
-    training: PrivateImages | None
+    training: PrivateImages | None = None
+    identical: int = 0
 
 
 def check_run(wanted: Wanted, folder: Path, base: str | None) -> Run:
@@ -178,11 +182,13 @@ def measure(
     found: dict[str, Any] = {"fidelity": [fidelity(net, held_out[0], synthetic[0], seed=wanted.seed) for net in nets]}
     if images.training is not None:
         training = images.training.valid_arrays()
+        found["real_images"] = _real_images(run, images, images.training)
         resized = _resized(training, wanted.evaluation_resolution)
         if wanted.memorization and private_folder is not None:
             found["memorization"] = _memorization(nets[0], synthetic, resized, held_out, private_folder, wanted.seed)
         if wanted.membership and run is not None:
-            found["membership"] = _membership(run, training, images, wanted.seed, device)
+            verified = found["real_images"]["training_images_of_the_run"]
+            found["membership"] = _membership(run, training, images, verified, wanted.seed, device)
         if wanted.reference:
             found["reference"] = utility.reference(*resized, *held_out, **wanted.how)
     if wanted.learning_curve:
@@ -195,6 +201,20 @@ def measure(
     result = {"schema": SCHEMA, "class_names": list(images.class_names), "declared_public": declared_public}
     result |= trained | found
     return json.loads(json.dumps(result if declared_public else _stamped(result)))
+
+
+def _real_images(run: Run | None, images: Images, training: PrivateImages) -> dict[str, Any]:
+    """What is known of the real images; `training_images_of_the_run` None without a run."""
+    of_run = None
+    if run is not None:
+        mechanism = None if run.document is None else promise_of(run.document).mechanism
+        of_run = is_of_run(run.folder, mechanism, training.source_digest)
+    return {
+        "training_images_of_the_run": of_run,
+        "held_out_images_identical_to_training_images": images.identical,
+        "num_held_out_images": len(images.held_out[0]),
+        "num_training_images": len(training),
+    }
 
 
 def _resized(labelled: Labelled, side: int | None) -> Labelled:
@@ -233,12 +253,12 @@ def make_private(folder: Path) -> None:
     check_private(folder)
 
 
-def _membership(run: Run, training: Labelled, images: Images, seed: int, device: str) -> dict[str, Any]:
+def _membership(run: Run, training: Labelled, images: Images, verified: bool, seed: int, device: str) -> dict[str, Any]:
     classes = read_recipe(run.folder).data.class_names or ()
     place = np.array([classes.index(name) for name in images.class_names])  # --class_names may have another order
     members, held_out = ((pixels, place[labels]) for pixels, labels in (training, images.held_out))
     scores = membership_scores(run.folder, members, held_out, base=run.base, seed=seed, device=device)
-    return membership_test(scores, run.document)
+    return membership_test(scores, run.document, verified=verified)
 
 
 def _private_classifier(run: Run, images: Images, device: str) -> dict[str, Any]:

@@ -108,12 +108,13 @@ def membership_scores(
     return Scores(*gained, *(-loss for loss in by_base))
 
 
-def membership_test(scores: Scores, document: dict[str, Any] | None) -> dict[str, Any]:
+def membership_test(scores: Scores, document: dict[str, Any] | None, *, verified: bool = True) -> dict[str, Any]:
     """How well scores tell members from held-out images, against what the certificate allows.
 
     Args:
         scores: from `membership_scores`.
         document: privacy.json in its strict form; None without privacy, where nothing is promised.
+        verified: whether the members are known to be the run's own images; of others an attack finds nothing.
 
     Returns:
         For JSON: `auc` with `auc_low` and `auc_high`; `auc_of_base` with the same two, the control, which is 1/2 if
@@ -139,7 +140,7 @@ def membership_test(scores: Scores, document: dict[str, Any] | None) -> dict[str
         "auc_of_base": None if control is None else control._asdict(),
         "auc_bound": bound,
         "above_bound": above,
-        "message": _message(found, control, bound),
+        "message": _message(found, control, bound, verified),
         "num_members": len(scores.members),
         "num_held_out": len(scores.held_out),
     }
@@ -195,9 +196,14 @@ def largest_auc(epsilons: Sequence[float] | np.ndarray, deltas: Sequence[float] 
     return min(1.0, round_up(1 - float(missed.mean())))
 
 
-def _message(found: Auc, control: Auc | None, bound: float | None) -> str:
+def _message(found: Auc, control: Auc | None, bound: float | None, verified: bool) -> str:
     if bound is None:
         return "Trained without privacy: nothing bounds what an attack finds."
+    if found.low <= bound and not verified:
+        return (
+            "NOT VERIFIED: no ledger here says that the training images are the images of this run, and of others an "
+            "attack finds nothing. Give those that it was trained on, on the machine and by the user that trained it."
+        )
     if found.low <= bound:
         return "Within the bound. This is one attack; the bound holds for every attack, also for stronger ones."
     text = (

@@ -49,6 +49,8 @@ def _as_markdown(cell: str) -> str:
 def tables(result: dict[str, Any]) -> list[Table]:
     """The tables of what `evaluation.json` holds, those that were measured; stamped, if of private images."""
     made = [_utility(result), _classes(result)]
+    if "real_images" in result:
+        made.append(_real_images(result["real_images"]))
     if "learning_curve" in result:
         made.append(_learning_curve(result))
     if "tuning" in result:
@@ -107,6 +109,20 @@ def _classes(result: dict[str, Any]) -> Table:
         if str(index) in shares[0]
     )
     return Table("Accuracy of each class", ("class", *(TITLES[name] for name in found)), rows)
+
+
+def _real_images(found: dict[str, Any]) -> Table:
+    whose = {
+        True: "those of the run, as its ledger says",
+        False: "not verified to be the images of this run",
+        None: "taken as given: there is no run",
+    }
+    identical, held_out = found["held_out_images_identical_to_training_images"], found["num_held_out_images"]
+    rows = (
+        ("training images", whose[found["training_images_of_the_run"]]),
+        ("held-out images identical to a training image", f"{identical:,} of {held_out:,}"),
+    )
+    return Table("Real images", ("what", "found"), rows)
 
 
 def _learning_curve(result: dict[str, Any]) -> Table:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import stat
 from types import SimpleNamespace
 
@@ -14,12 +15,14 @@ from tiny_models import tiny_base_folder
 
 from dp_peft_diffusion.cli import evaluation, main
 from dp_peft_diffusion.diffusion import base_folder, generation
+from dp_peft_diffusion.diffusion.datasets import source_digest
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.evaluation import classifiers, measurements, private_classifier, summary
 from dp_peft_diffusion.evaluation.private_classifier import promise_beside
 from dp_peft_diffusion.evaluation.together import Together
 from dp_peft_diffusion.evaluation.tuning import Setting, tune
 from dp_peft_diffusion.privacy import adapter_files, spending
+from dp_peft_diffusion.privacy.composition import promise_of
 from dp_peft_diffusion.recipe import Adapter, Data
 from tests.privacy.folders import promise
 
@@ -228,6 +231,7 @@ def test_a_private_classifier_beside_a_run_of_groups_reads_images_by_group(place
 
     monkeypatch.setattr(measurements, "checked_promise", lambda _: {})  # pricing groups takes seconds
     monkeypatch.setattr(measurements, "promise_beside", lambda _: "promise")
+    monkeypatch.setattr(measurements, "promise_of", lambda _: SimpleNamespace(mechanism=None))
     monkeypatch.setattr(measurements, "check_trainable", lambda *_: None)
     monkeypatch.setattr(measurements, "price_together", lambda *_, **__: Together(None, 0, ()))
     monkeypatch.setattr(measurements, "train_classifier", train)
@@ -302,6 +306,30 @@ def test_what_a_private_classifier_cannot_be_trained_on_is_refused_before_anythi
     monkeypatch.setattr(private_classifier, "SMALLEST_SIDE", {1: 17, 3: 17})
     error = refused(*words)
     assert "sees 1x16x16" in error and "--evaluation_resolution" not in error
+
+
+@pytest.mark.parametrize("option", ["--reference", "--membership"])
+def test_one_set_of_images_for_training_and_test_is_refused(place, no_sampling, tmp_path, option):
+    words = [place / "run", *QUICK, option]
+    error = refused(*words, "--dataset_name", place / "real", "--split", "train")
+    assert "split 'train', is given for the training images and for the held-out ones" in error
+    shutil.copytree(place / "real" / "train", tmp_path / "same")
+    words += ["--training_dataset_name", place / "real"]
+    assert "are the same images" in refused(*words, "--dataset_name", tmp_path / "same", "--split", "train")
+
+
+def test_images_of_the_run_are_known_by_its_ledger_and_identical_ones_are_told(place):
+    words = [place / "run", "--dataset_name", place / "real", *SAMPLED, *QUICK, "--membership"]
+    unknown = measured(*words)
+    assert unknown["real_images"]["training_images_of_the_run"] is False
+    assert unknown["membership"]["message"].startswith("NOT VERIFIED")
+    entry = json.loads((place / "run" / "privacy.json").read_text())
+    digest = source_digest(Data(dataset_name=str(place / "real"), label_column=None))
+    spending.record_spending(digest, "by another test", 1, "run", promise_of(entry).mechanism)
+    result = invoke(*words)
+    assert "those of the run, as its ledger says" in result.stdout
+    assert "held-out images identical to a training image  0 of 60" in result.stdout
+    assert "Within the bound" in result.stdout
 
 
 def test_a_price_that_does_not_add_up_is_told_before_anything_is_sampled(place, no_sampling, monkeypatch):

@@ -142,6 +142,9 @@ def test_an_attack_within_the_bound_is_no_finding_and_one_above_it_is_shouted(do
     assert found["message"].startswith("FINDING") and "Do not share" in found["message"]
     assert "This is one attack" in fine["message"]
     json.dumps([fine, found], allow_nan=False)
+    unknown, still_found = (membership_test(scores(shift), document, verified=False) for shift in (0.0, 1.5))
+    assert unknown["message"].startswith("NOT VERIFIED") and "Within" not in unknown["message"]
+    assert still_found["message"] == found["message"]
 
 
 def test_a_base_that_tells_the_sets_apart_says_that_they_are_of_different_kinds(document):
