@@ -19,7 +19,8 @@ __all__ = ["NOT_COVERED", "evaluate", "learning_curve", "load_synthetic", "refer
 DEFAULT_CLASSIFIERS = ("logistic_regression", "cnn")
 NOT_COVERED = (
     "These numbers were computed from real private images without noise: the privacy guarantee of the "
-    "synthetic images does not cover them. Publish them only if the images they were tested on may be published."
+    "synthetic images does not cover them. Publish them only if every real image that they were computed from may be "
+    "published: those they were tested on, and the training images where something looks at these."
 )
 
 

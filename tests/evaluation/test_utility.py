@@ -94,6 +94,7 @@ def test_numbers_from_private_images_say_that_the_guarantee_does_not_cover_them(
     stamped = evaluate(*arguments, **QUICK)
     assert stamped["covered_by_guarantee"] is False
     assert "does not cover" in stamped["statement"]
+    assert "every real image" in stamped["statement"] and "training images" in stamped["statement"]
     assert "covered_by_guarantee" not in evaluate(*arguments, declared_public=True, **QUICK)
 
 
