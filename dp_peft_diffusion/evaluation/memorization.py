@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import norm
 from sklearn.neighbors import NearestNeighbors
 
 from dp_peft_diffusion.diffusion.grids import image_grid
@@ -21,6 +20,8 @@ from dp_peft_diffusion.durable import write_durably
 from dp_peft_diffusion.errors import PrivacyError, UserError
 
 COPY = 1 / 3  # of the distance to the second nearest image (Gu et al. 2023, arXiv 2310.02664, section 2)
+SAME = 1e-5  # of the spread of the images: nearer ones differ by rounding alone
+DRAWS = 19_999  # of which images are called training images, for the p-value
 PAIRS_SHOWN, PAIRS_IN_A_ROW = 40, 5
 LIST_FILE, PICTURE_FILE = "nearest_training_images.csv", "nearest_training_images.png"
 
@@ -32,12 +33,20 @@ class Nearest:
     Attributes:
         index: (n,) position of the nearest image.
         distance: (n,) to it.
-        second: (n,) to the second nearest.
+        second: (n,) to the second nearest that is another image, not the same once more; infinite if there is none.
+        same: at this distance or below, two images are one.
     """
 
     index: np.ndarray
     distance: np.ndarray
     second: np.ndarray
+    same: float
+
+    @property
+    def copies(self) -> np.ndarray:
+        """(n,) bool: the sample is the image, or much nearer to it than to any other."""
+        much_nearer = (self.distance < COPY * self.second) & np.isfinite(self.second)
+        return much_nearer | (self.distance <= self.same)
 
 
 @dataclass(frozen=True)
@@ -66,20 +75,22 @@ def compare_neighbours(
     If the samples owe nothing to single training images, training and held-out images could be exchanged: of m and k of
     them, a share m / (m + k) of the samples has its nearest one among the training images (Platzer and Reutterer 2021,
     arXiv 2104.00635). How far the share strays by chance follows from drawing which m of the m + k images are called
-    training images, so samples that share a neighbour are not taken for independent.
+    training images, so samples that share a neighbour are not taken for independent; `p_value` comes from such draws,
+    as a normal one is far too small where most samples share a few neighbours.
 
     Args:
         samples: features (n, d), Euclidean distances of which mean something.
         training: (m, d).
         held_out: (k, d), of images that were not trained on.
-        seed: of the training images that `median_distance_ratio` is computed from, as many as there are held out.
+        seed: of the images that `median_distance_ratio` is computed from, as many of a kind as there are of both, and
+            of the draws of the p-value. Public.
 
     Returns:
         Numbers for JSON, and the neighbours, which are for `write_neighbours` alone. The numbers are not covered by the
         guarantee: `share_nearer_to_training`, its `expected_share`, `z` and one-sided `p_value`;
         `median_distance_ratio`, 1 if all is well and less if samples hug training images; `share_of_copies`, nearer to
-        a training image than a third of the distance to the second, and the same share of held-out images, which is
-        what chance gives; and counts.
+        a training image than a third of the distance to the second, or that image itself, and the same share of
+        held-out images, which is what chance gives; and counts.
 
     Raises:
         UserError: there are no samples, fewer than two training or held-out images, or features of other widths.
@@ -100,10 +111,10 @@ def compare_neighbours(
         "share_nearer_to_training": share,
         "expected_share": expected,
         "z": float(z),
-        "p_value": float(norm.sf(z)),
+        "p_value": _p_value(found, m, k, seed),
         "median_distance_ratio": float(np.median(ratios)),
-        "share_of_copies": _share_of_copies(found.training),
-        "share_of_copies_of_held_out_images": _share_of_copies(found.held_out),
+        "share_of_copies": float(np.mean(found.training.copies)),
+        "share_of_copies_of_held_out_images": float(np.mean(found.held_out.copies)),
         "num_samples": len(samples),
         "num_training_images": m,
         "num_held_out_images": k,
@@ -163,8 +174,21 @@ def check_private(folder: Path) -> None:
 
 
 def _nearest(samples: np.ndarray, images: np.ndarray) -> Nearest:
-    distances, indices = NearestNeighbors(n_neighbors=2, algorithm="brute").fit(images).kneighbors(samples)
-    return Nearest(indices[:, 0], distances[:, 0], distances[:, 1])
+    same = SAME * float(np.sqrt(images.var(axis=0).sum()))
+    kept = _distinct(images, same)
+    search = NearestNeighbors(n_neighbors=min(2, len(kept)), algorithm="brute").fit(images[kept])
+    index = kept[search.kneighbors(samples, return_distance=False)]
+    distances = [np.linalg.norm(samples - images[column], axis=1) for column in index.T]  # exact, 0 of a copy
+    second = distances[1] if len(kept) > 1 else np.full(len(samples), np.inf)
+    return Nearest(index[:, 0], distances[0], second, same)
+
+
+def _distinct(images: np.ndarray, same: float) -> np.ndarray:
+    """Positions of images that are no repetitions: equal ones have equal projections on any direction."""
+    direction = np.random.default_rng(0).normal(size=images.shape[1])
+    order = np.argsort(images @ direction, kind="stable")
+    steps = np.linalg.norm(np.diff(images[order], axis=0), axis=1)
+    return np.sort(order[np.concatenate([[True], steps > same])])
 
 
 def _in_training(found: Neighbours) -> np.ndarray:
@@ -178,10 +202,22 @@ def _stray(found: Neighbours, m: int, k: int) -> float:
     With c_j samples that have image j as their nearest, the share is sum_j c_j s_j / n, s_j in {0, 1} drawn without
     replacement (Cochran 1977, theorem 2.2).
     """
+    counts, pool = _counts(found, m, k), m + k
+    spread = np.square(counts - counts.mean()).sum()
+    return float(np.sqrt(m * k / (pool * (pool - 1)) * spread) / counts.sum())
+
+
+def _p_value(found: Neighbours, m: int, k: int, seed: int) -> float:
+    """The chance of as many samples nearest to training images, by `DRAWS` draws of which images are called so.
+
+    Images with equally many samples are drawn together: how many of them are called training images is hypergeometric.
+    """
+    counts, images = np.unique(_counts(found, m, k), return_counts=True)
+    drawn = np.random.default_rng(seed).multivariate_hypergeometric(images, m, size=DRAWS) @ counts
+    return float((1 + np.sum(drawn >= _in_training(found).sum())) / (1 + DRAWS))
+
+
+def _counts(found: Neighbours, m: int, k: int) -> np.ndarray:
+    """(m + k,) how many samples have each image, training images first, as their nearest of all."""
     nearest = np.where(_in_training(found), found.training.index, m + found.held_out.index)
-    counts, pool = np.bincount(nearest, minlength=m + k), m + k
-    return float(np.sqrt(m * k / (pool * (pool - 1)) * np.square(counts - counts.mean()).sum()) / len(nearest))
-
-
-def _share_of_copies(nearest: Nearest) -> float:
-    return float(np.mean(nearest.distance < COPY * nearest.second))
+    return np.bincount(nearest, minlength=m + k)

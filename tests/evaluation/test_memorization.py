@@ -8,7 +8,7 @@ from scipy import stats
 from scipy.spatial.distance import cdist
 
 from dp_peft_diffusion.errors import PrivacyError, UserError
-from dp_peft_diffusion.evaluation.memorization import compare_neighbours, write_neighbours
+from dp_peft_diffusion.evaluation.memorization import DRAWS, compare_neighbours, write_neighbours
 
 
 def independent(n, m, k, seed=0, width=6):
@@ -53,11 +53,43 @@ def test_planted_copies_of_training_images_are_found_and_come_first():
     assert numbers["share_of_copies"] >= 4 / 300 > numbers["share_of_copies_of_held_out_images"]
 
 
+def test_a_copy_of_an_image_that_occurs_several_times_is_a_copy():
+    samples, training, held_out = independent(100, 200, 200, seed=4)
+    rounding = 1e-9 * np.random.default_rng(5).normal(size=(3, training.shape[1]))
+    training[[50, 90, 199]] = training[7] + rounding
+    samples[:10] = training[7]
+    numbers, found = compare_neighbours(samples, training, held_out)
+    alone, _ = compare_neighbours(samples[10:], training, held_out)
+    assert found.training.copies[:10].all()
+    assert numbers["share_of_copies"] == pytest.approx(0.1 + 0.9 * alone["share_of_copies"])
+    assert found.training.second[0] == pytest.approx(np.sort(cdist(samples[:1], training)[0])[4])
+
+
+def test_a_set_of_one_image_many_times_has_copies_of_it_and_no_others():
+    samples, training, held_out = independent(20, 50, 50)
+    training[:] = training[0]
+    samples[3] = training[0]
+    found = compare_neighbours(samples, training, held_out)[1]
+    assert np.flatnonzero(found.training.copies).tolist() == [3]
+
+
+def test_the_p_value_of_a_collapsed_generator_is_the_chance_that_its_one_neighbour_was_trained_on():
+    """All samples share one neighbour, and one image of a hundred is a training image: normally z would be 10."""
+    _, training, held_out = independent(1, 10, 990)
+    numbers, _ = compare_neighbours(np.repeat(training[:1], 50, axis=0), training, held_out)
+    assert numbers["z"] > 9 and abs(numbers["p_value"] - 0.01) < 5 * np.sqrt(0.01 * 0.99 / DRAWS)
+
+
+def test_p_values_of_samples_that_owe_nothing_are_uniform():
+    values = [compare_neighbours(*independent(200, 30, 20, seed, width=2), seed)[0]["p_value"] for seed in range(60)]
+    assert stats.kstest(values, "uniform").pvalue > 1e-4
+
+
 def test_samples_that_hug_training_images_raise_the_share_and_lower_the_ratio():
     samples, training, held_out = independent(300, 300, 300, seed=2)
     samples = training[:, :] + 0.5 * samples
     numbers, _ = compare_neighbours(samples, training, held_out)
-    assert numbers["z"] > 5 and numbers["p_value"] < 1e-6
+    assert numbers["z"] > 5 and numbers["p_value"] == 1 / (DRAWS + 1)
     assert numbers["median_distance_ratio"] < 0.9
     assert compare_neighbours(samples, held_out, training)[0]["z"] < -5
 
