@@ -36,7 +36,7 @@ def decode(source: Path | bytes | Image.Image, side: int, channels: int, center_
         if image.width * image.height > MAX_PIXELS:  # the header's claim: nothing is allocated yet
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
         ImageOps.exif_transpose(image, in_place=True)
-        flat = _flatten(image, MODES[channels])
+        flat = flatten(image, MODES[channels])
     width, height = flat.size
     crop = min(width, height)
     left, top = (width - crop) / 2, (height - crop) / 2
@@ -45,7 +45,7 @@ def decode(source: Path | bytes | Image.Image, side: int, channels: int, center_
     return np.asarray(square).reshape(side, side, -1).transpose(2, 0, 1)
 
 
-def _flatten(image: Image.Image, mode: str) -> Image.Image:
+def flatten(image: Image.Image, mode: str) -> Image.Image:
     """8 bits per channel, no transparency."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range")

@@ -1,9 +1,12 @@
 """Synthetic images read from files, and brought to another size."""
 
 import csv
+import io
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -78,5 +81,66 @@ def test_unusable_synthetic_images_get_a_clear_error(tmp_path):
     with pytest.raises(UserError, match="differ in size"):
         load_synthetic(tmp_path, NAMES)
     (tmp_path / "images" / "000001.png").write_bytes(b"")
-    with pytest.raises(UserError, match="Run dp-peft sample"):
+    with pytest.raises(UserError, match=r"000001.png cannot be read as an image .*Run dp-peft sample"):
+        load_synthetic(tmp_path, NAMES)
+
+
+def encoded(image):
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
+
+
+def parquet(path, *images):
+    pq.write_table(pa.Table.from_pylist([{"image": image, "label": "one"} for image in images]), path)
+    return path
+
+
+def test_palettes_and_bilevel_images_are_seen_as_the_eye_sees_them(tmp_path):
+    rng = np.random.default_rng(0)
+    colours, indices, black = (
+        rng.integers(0, 256, (4, 3), np.uint8),
+        rng.integers(0, 4, (5, 6)),
+        rng.random((5, 6)) < 0.5,
+    )
+    palette = Image.fromarray(indices.astype(np.uint8), mode="L").copy()
+    palette.putpalette(colours.tobytes())
+    deep = Image.fromarray((rng.integers(0, 256, (5, 6)) * 257).astype(np.uint16))
+    see_through = Image.new("RGBA", (6, 5), (0, 0, 0, 0))
+    expected = [
+        (palette, colours[indices].transpose(2, 0, 1)),
+        (Image.fromarray(black), 255 * black[None]),
+        (deep, np.asarray(deep)[None] // 257),
+        (see_through, np.full((3, 5, 6), 255)),
+    ]
+    for number, (image, pixels) in enumerate(expected):
+        path = parquet(tmp_path / f"{number}.parquet", {"bytes": encoded(image), "path": None})
+        loaded, _ = load_synthetic(path, NAMES)
+        assert loaded.dtype == np.uint8 and np.array_equal(loaded[0], pixels), image.mode
+
+
+def test_each_image_that_cannot_be_read_is_an_error_of_one_line_that_names_file_and_row(tmp_path, monkeypatch):
+    good, path = {"bytes": encoded(Image.new("L", (4, 4))), "path": None}, tmp_path / "a.parquet"
+    cut = {"bytes": good["bytes"][:40], "path": None}
+    for bad in (None, {"bytes": None, "path": "elsewhere.png"}, cut):
+        with pytest.raises(UserError, match=r"a.parquet row 1 cannot be read as an image [^\n]*$"):
+            load_synthetic(parquet(path, good, bad), NAMES)
+    with pytest.raises(UserError, match="a.parquet row 0 cannot be read"):
+        load_synthetic(parquet(path, "a name"), NAMES)
+    with pytest.raises(UserError, match="a.parquet row 0: label 'one' is none"):
+        load_synthetic(parquet(path, good), ("a", "b"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7)
+    with pytest.raises(UserError, match="a.parquet row 0 .*DecompressionBombError"):
+        load_synthetic(parquet(path, good), NAMES)
+
+
+def test_a_list_that_is_torn_is_an_error_of_one_line_that_names_file_and_line(tmp_path):
+    Image.new("L", (4, 4)).save(tmp_path / "0.png")
+    metadata = tmp_path / "metadata.csv"
+    for line in ("1.png,one", ",one", "..,one"):
+        metadata.write_text(f"file_name,label\n0.png,one\n{line}\n")
+        with pytest.raises(UserError, match=r"metadata.csv line 3: there is no image"):
+            load_synthetic(tmp_path, NAMES)
+    metadata.write_text("file_name,label\n" + "x" * 200_000 + ",one\n")
+    with pytest.raises(UserError, match="no labelled synthetic images .*field larger"):
         load_synthetic(tmp_path, NAMES)
