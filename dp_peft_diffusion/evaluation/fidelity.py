@@ -28,7 +28,8 @@ def fidelity(features: Features, real_images: np.ndarray, synthetic_images: np.n
 
     Returns:
         `features`, their name; `names`, what each of the numbers is called; `frechet_distance`; `kernel_distance` and
-        `kernel_distance_std`, its standard deviation over `kernel_subsets` subsets of `kernel_subset_size`;
+        `kernel_distance_std`, its standard deviation over `kernel_subsets` subsets of `kernel_subset_size`, None where
+        these are all there is;
         `precision`, `recall`, `density` and `coverage` of `neighbourhood_images` images of each kind;
         `num_real_images`, `num_synthetic_images`, `num_features`; and `frechet_distance_is_biased`, whether the images
         of a kind are no more than the features, so that a covariance is singular. NOT covered by the guarantee.
@@ -98,8 +99,10 @@ def _covariance_root(features: np.ndarray) -> np.ndarray:
     return np.linalg.qr(features - features.mean(axis=0), mode="r") / np.sqrt(len(features) - 1)
 
 
-def kernel_distance(real: np.ndarray, synthetic: np.ndarray, *, seed: int) -> tuple[float, float]:
+def kernel_distance(real: np.ndarray, synthetic: np.ndarray, *, seed: int) -> tuple[float, float | None]:
     """The squared maximum mean discrepancy of features (n, d) and (m, d), and its standard deviation over subsets.
+
+    No deviation, None, where every subset is the whole of both: they are all alike, which says nothing of its error.
 
     The mean of `SUBSETS` unbiased estimates on `SUBSET_SIZE` features of each kind, or as many as there are, with the
     kernel (x.y / d + 1)^3: Binkowski et al. 2018, section 4, as clean-fid computes it, but drawn by `seed`. It may be
@@ -111,7 +114,8 @@ def kernel_distance(real: np.ndarray, synthetic: np.ndarray, *, seed: int) -> tu
     for _ in range(SUBSETS):
         x, y = (kind[generator.choice(len(kind), size, replace=False)] for kind in (real, synthetic))
         estimates.append(_squared_discrepancy(x, y))
-    return float(np.mean(estimates)), float(np.std(estimates))
+    whole = size == len(real) == len(synthetic)
+    return float(np.mean(estimates)), None if whole else float(np.std(estimates))
 
 
 def _squared_discrepancy(x: np.ndarray, y: np.ndarray) -> float:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.optimize import brentq
 from scipy.stats import norm, rankdata
 
 from dp_peft_diffusion.batches import PUBLIC_KEY, Task, make_batch, make_loss, make_task
@@ -149,16 +150,38 @@ def membership_test(scores: Scores, document: dict[str, Any] | None, *, verified
 def auc(members: np.ndarray, held_out: np.ndarray) -> Auc:
     """The chance that a member has a larger score than a held-out image, ties counting half, and its interval.
 
-    The interval is that of DeLong et al. (1988), from the ranks as Sun and Xu (2014) compute it. At least two scores of
-    each kind.
+    The interval is that of DeLong et al. (1988) or that of Newcombe (2006), whichever reaches further on each side: the
+    former has no width where the scores do not overlap, or are all tied. At least two scores of each kind.
     """
+    n, m = len(members), len(held_out)
+    value = float((rankdata(np.concatenate([members, held_out]))[:n] - rankdata(members)).mean() / m)
+    reach = float(norm.isf((1 - CONFIDENCE) / 2) * np.sqrt(delong_variance(members, held_out)))
+    low, high = _newcombe_low(value, n, m), 1 - _newcombe_low(1 - value, n, m)
+    return Auc(value, max(0.0, min(low, value - reach)), min(1.0, max(high, value + reach)))
+
+
+def delong_variance(members: np.ndarray, held_out: np.ndarray) -> float:
+    """Of the AUC (DeLong et al. 1988, equation 5), from the ranks as Sun and Xu (2014) compute it."""
     n, m = len(members), len(held_out)
     ranks = rankdata(np.concatenate([members, held_out]))
     below = (ranks[:n] - rankdata(members)) / m  # (n,) share of the held-out images below each member
     above = 1 - (ranks[n:] - rankdata(held_out)) / n  # (m,) share of the members above each held-out image
-    value = float(below.mean())
-    reach = norm.isf((1 - CONFIDENCE) / 2) * np.sqrt(below.var(ddof=1) / n + above.var(ddof=1) / m)
-    return Auc(value, max(0.0, float(value - reach)), min(1.0, float(value + reach)))
+    return float(below.var(ddof=1) / n + above.var(ddof=1) / m)
+
+
+def _newcombe_low(value: float, n: int, m: int) -> float:
+    """The AUC t below `value` of which it is as far as `CONFIDENCE` allows: the variance is that of t, not of `value`.
+
+    (value - t)^2 = z^2 V(t), with the variance of Hanley and McNeil (1982) and both sample sizes in its middle term
+    replaced by their mean: Newcombe, Statistics in Medicine 25 (2006), method 5.
+    """
+    z, middle = norm.isf((1 - CONFIDENCE) / 2), (n + m) / 2 - 1
+
+    def excess(t: float) -> float:
+        variance = t * (1 - t) / (n * m) * (1 + middle * ((1 - t) / (2 - t) + t / (1 + t)))
+        return float((value - t) ** 2 - z**2 * variance)
+
+    return float(brentq(excess, 0.0, min(value, 1 - 1e-12))) if value > 0 else 0.0
 
 
 def auc_bound(promise: Promise) -> float:
@@ -209,10 +232,11 @@ def _message(found: Auc, control: Auc | None, bound: float | None, verified: boo
     text = (
         f"FINDING: the attack tells training images from held-out ones with an AUC of at least {found.low:.3f}, and "
         f"the promise allows {bound:g}. Do not share this folder. Either the promise is broken, or the held-out images "
-        "are of another kind than the training images, which the promise says nothing about."
+        "are of another kind than the training images, which the promise says nothing about, or it is chance: with a "
+        f"kept promise, at most one test in {2 / (1 - CONFIDENCE):.0f} says so."
     )
     if control is not None and not control.low <= 0.5 <= control.high:
-        text += f" They are: the base, which saw neither, tells them apart with an AUC of {control.value:.3f}."
+        text += f" Of another kind they are: the base, which saw neither, has an AUC of {control.value:.3f} on them."
     return text
 
 

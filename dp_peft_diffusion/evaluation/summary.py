@@ -154,10 +154,11 @@ def _tuning(found: dict[str, Any]) -> Table:
 def _fidelity(found: dict[str, Any]) -> Table:
     names = found["names"]
     biased = " (too few images for its covariance)" if found["frechet_distance_is_biased"] else ""
-    spread = f"{found['kernel_distance']:.3g} ± {found['kernel_distance_std']:.1g}"
+    deviation = found["kernel_distance_std"]
+    error = "(no ±: each subset is all there is)" if deviation is None else f"± {deviation:.1g}"
     rows = (
         (names["frechet_distance"], f"{found['frechet_distance']:.3g}{biased}"),
-        (names["kernel_distance"], spread),
+        (names["kernel_distance"], f"{found['kernel_distance']:.3g} {error}"),
         *((names[share], f"{found[share]:.3f}") for share in SHARES),
     )
     count = f"{found['num_synthetic_images']:,} synthetic and {found['num_real_images']:,} real images"

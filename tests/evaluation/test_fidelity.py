@@ -97,7 +97,14 @@ def test_the_kernel_distance_is_that_of_clean_fid_on_the_same_features():
     real, synthetic = normal(90, 5, 11), normal(90, 5, 12) + 0.5  # one subset is all of them
     expected = fid.kernel_distance(synthetic, real, num_subsets=1)
     mean, spread = kernel_distance(real, synthetic, seed=0)
-    assert mean == pytest.approx(expected, rel=1e-10) and spread == pytest.approx(0, abs=1e-12)
+    assert mean == pytest.approx(expected, rel=1e-10) and spread is None
+
+
+def test_the_kernel_distance_has_a_deviation_only_where_subsets_differ(monkeypatch):
+    monkeypatch.setattr(module, "SUBSETS", 5)
+    real, synthetic = normal(60, 3, 15), normal(50, 3, 16)
+    assert kernel_distance(real, synthetic, seed=0)[1] > 0
+    assert kernel_distance(real[:50], synthetic, seed=0)[1] is None
 
 
 def test_the_kernel_distance_is_that_of_a_loop_over_pairs():

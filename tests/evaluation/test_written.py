@@ -68,6 +68,15 @@ def test_every_table_of_private_images_is_stamped_wherever_it_is_shown(result):
     assert render_page(result, made, {}).count(STAMP) == len(made)
 
 
+def test_a_kernel_distance_without_a_deviation_has_no_plus_minus(result):
+    (found,) = result["fidelity"]
+    for deviation, shown in ((None, "(no ±: each subset is all there is)"), (0.25, "± 0.2")):
+        fidelity = found | {"kernel_distance": 1.5, "kernel_distance_std": deviation}
+        rows = dict(next(t.rows for t in tables(result | {"fidelity": [fidelity]}) if t.title.startswith("Likeness")))
+        assert rows["handwriting kernel distance"] == f"1.5 {shown}"
+    assert found["kernel_distance_std"] is None, "60 images of each kind, 60 in a subset"
+
+
 def test_the_row_of_the_private_classifier_says_that_its_epsilon_comes_in_addition(result):
     table, *_ = tables(result)
     assert "epsilon 2 in addition (together 2.83)" in table.rows[-1][1] and table.note.endswith("SPENT.")
