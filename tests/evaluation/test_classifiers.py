@@ -8,6 +8,7 @@ import pytest
 import torch
 from stripes import make_stripes
 from torch import nn
+from torch.nn import functional
 
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.evaluation import classifiers
@@ -215,6 +216,32 @@ def test_the_named_nets_are_those_of_the_papers(monkeypatch):
         }
     dpdm = 32 * 10 + 64 * (9 * 32 + 1) + 128 * (9 * 64 + 1) + 128 * (1152 + 1) + 10 * 129  # 1,152 = 128 x 3 x 3
     assert counts == {"cnn_dpdm": dpdm, "wrn_40_4": 8_949_210, "resnet_110": 1_730_714}
+
+
+def test_a_wide_resnet_computes_what_its_paper_says():
+    """Zagoruyko and Komodakis, section 2 and table 1, written out with functions."""
+    net = wide_resnet((3, 8, 8), 5, depth=16, width=1).eval()
+    for norm in (module for module in net.modules() if isinstance(module, nn.BatchNorm2d)):
+        for value in (norm.running_mean, norm.running_var, norm.weight.data, norm.bias.data):
+            value.uniform_(0.5, 1.5)
+    _, first, *blocks, last, _, _, _, linear = net
+    images = torch.rand(2, 3, 8, 8)
+
+    def active(norm, x):
+        return functional.relu(
+            functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=1e-5)
+        )
+
+    x = functional.conv2d(images, first.weight, padding=1)
+    for block, stride in zip(blocks, (1, 1, 2, 1, 2, 1), strict=True):
+        before = active(block.norm1, x)
+        inner = active(block.norm2, functional.conv2d(before, block.conv1.weight, stride=stride, padding=1))
+        shortcut = x if block.projection is None else functional.conv2d(before, block.projection.weight, stride=stride)
+        x = shortcut + functional.conv2d(inner, block.conv2.weight, padding=1)
+    expected = active(last, x).mean(dim=(2, 3)) @ linear.weight.T + linear.bias
+    assert [block.projection is None for block in blocks] == [True, True, False, True, False, True]
+    with torch.no_grad():
+        torch.testing.assert_close(net(images), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["logistic_regression", "mlp", "cnn"])
