@@ -184,11 +184,13 @@ def _nearest(samples: np.ndarray, images: np.ndarray) -> Nearest:
 
 
 def _distinct(images: np.ndarray, same: float) -> np.ndarray:
-    """Positions of images that are no repetitions: equal ones have equal projections on any direction."""
+    """Positions of images that repeat none: equal ones have equal projections, and so stand side by side."""
     direction = np.random.default_rng(0).normal(size=images.shape[1])
-    order = np.argsort(images @ direction, kind="stable")
-    steps = np.linalg.norm(np.diff(images[order], axis=0), axis=1)
-    return np.sort(order[np.concatenate([[True], steps > same])])
+    projected = images @ (direction / np.linalg.norm(direction))
+    order = np.argsort(projected, kind="stable")
+    near = np.flatnonzero(np.diff(projected[order]) <= same)
+    apart = np.linalg.norm(images[order[near + 1]] - images[order[near]], axis=1) > same
+    return np.sort(np.delete(order, near[~apart] + 1))
 
 
 def _in_training(found: Neighbours) -> np.ndarray:

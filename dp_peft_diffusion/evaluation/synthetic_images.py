@@ -50,7 +50,7 @@ def load_synthetic(path: Path, class_names: Sequence[str]) -> tuple[np.ndarray, 
             f"the images of {str(path)!r} have no {error}. Classifiers need a class for each: type dp-peft sample with "
             "--class_labels, without --prompt, and an adapter that has classes."
         ) from error
-    except (OSError, ValueError, NotImplementedError, csv.Error) as error:  # pyarrow and csv raise these
+    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow raises these
         raise UserError(f"{str(path)!r} holds no labelled synthetic images ({error}). Run dp-peft sample.") from error
     arrays = [_pixels(row) for row in rows]
     if len({array.shape for array in arrays}) != 1:
@@ -71,11 +71,16 @@ def _read_folder(folder: Path) -> Iterator[Row]:
         return
     with open(place / "metadata.csv", newline="", encoding="utf-8") as file:
         lines = csv.DictReader(file)
-        for line in lines:
-            name, label = line["file_name"], line["label"]
-            if not name or not (place / name).is_file():
-                raise UserError(f"{file.name} line {lines.line_num}: there is no image {name!r}. Run dp-peft sample.")
-            yield Row(str(place / name), (place / name).read_bytes(), label)
+        try:
+            for line in lines:
+                name, label = line["file_name"], line["label"]
+                if not name or not (place / name).is_file():
+                    raise UserError(
+                        f"{file.name} line {lines.line_num}: there is no image {name!r}. Run dp-peft sample."
+                    )
+                yield Row(str(place / name), (place / name).read_bytes(), label)
+        except (csv.Error, UnicodeError) as error:
+            raise UserError(f"{file.name} after line {lines.line_num}: {error}. Run dp-peft sample again.") from error
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:

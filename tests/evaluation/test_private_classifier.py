@@ -5,6 +5,7 @@ import dp_accounting
 import numpy as np
 import pytest
 import torch
+from mutants.second_release import document as told
 from scipy import stats
 
 from dp_peft_diffusion.diffusion.datasets import PrivateImages
@@ -217,6 +218,14 @@ def test_the_joint_epsilon_is_the_price_of_both_events_and_exceeds_each(document
     joint, price = joint_epsilon(document, classifier), accounting.epsilon(both, run.delta, "zero_out")
     assert price <= joint <= price * 1.001
     assert max(run.priced, classifier.priced) < joint < run.priced + classifier.priced
+
+
+def test_beside_a_run_of_groups_both_are_priced_as_groups():
+    mechanism = dataclasses.replace(PROMISE.mechanism, steps=1, max_examples_per_group=2, noise_multiplier=4.0)
+    run = dataclasses.replace(PROMISE, mechanism=mechanism)
+    both = dp_accounting.SelfComposedDpEvent(mechanism.event, 2)
+    joint, price = joint_epsilon(told(run), run), accounting.epsilon(both, run.delta, "zero_out")
+    assert price <= joint <= price * 1.001
 
 
 def test_a_run_that_promises_nothing_or_to_others_is_composed_with_nothing(document):

@@ -138,9 +138,12 @@ def test_a_list_that_is_torn_is_an_error_of_one_line_that_names_file_and_line(tm
     Image.new("L", (4, 4)).save(tmp_path / "0.png")
     metadata = tmp_path / "metadata.csv"
     for line in ("1.png,one", ",one", "..,one"):
-        metadata.write_text(f"file_name,label\n0.png,one\n{line}\n")
+        metadata.write_text(f"file_name,label\n0.png,one\n{line}\n", encoding="utf-8")
         with pytest.raises(UserError, match=r"metadata.csv line 3: there is no image"):
             load_synthetic(tmp_path, NAMES)
     metadata.write_text("file_name,label\n" + "x" * 200_000 + ",one\n")
-    with pytest.raises(UserError, match="no labelled synthetic images .*field larger"):
+    with pytest.raises(UserError, match="metadata.csv after line 1: field larger"):
+        load_synthetic(tmp_path, NAMES)
+    metadata.write_bytes(b"file_name,label\n0.png,\xff\n")
+    with pytest.raises(UserError, match="metadata.csv after line 0: 'utf-8' codec"):
         load_synthetic(tmp_path, NAMES)
