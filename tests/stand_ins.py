@@ -101,7 +101,7 @@ class StandIns:
             "PATH_TO_YOUR_IMAGES": "images",  # which `shortened` calls by the name above: this one is refused
             "PATH_TO_YOUR_IMAGES.parquet": "captioned",
             "PATH_TO_PUBLIC_IMAGES": "images",
-            "PATH_TO_HELD_OUT_IMAGES": "images",
+            "PATH_TO_HELD_OUT_IMAGES": "held_out_images",
             "PATH_TO_OMNIGLOT": "images",
             "PATH_TO_AUTOENCODER": "autoencoder",
             "data/mnist": "images",
@@ -134,6 +134,11 @@ class StandIns:
     def images(self) -> Path:
         """Two classes of five images."""
         return tiny_image_folder(self.place / "images", {"ill": 60, "healthy": 190}, 5)
+
+    @functools.cached_property
+    def held_out_images(self) -> Path:
+        """As many others of the same classes."""
+        return tiny_image_folder(self.place / "held-out", {"ill": 70, "healthy": 180}, 5)
 
     @functools.cached_property
     def scans(self) -> Path:
