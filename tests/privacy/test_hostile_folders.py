@@ -318,9 +318,7 @@ def test_every_command_that_opens_an_adapter_refuses_a_hostile_one_in_one_line(t
         last = result.stderr.splitlines()[-1]
         assert last.startswith("error: ") and isinstance(result.exception, SystemExit), (name, result.output)
         assert name in ("verify", "push") or re.search(reason, last), (name, last)  # which look at all files at once
-    looked = CliRunner().invoke(
-        main, ["inspect", str(tmp_path / "run")]
-    )  # which shows what is there
+    looked = CliRunner().invoke(main, ["inspect", str(tmp_path / "run")])  # which shows what is there
     assert looked.exit_code in (0, 2, 3) and isinstance(looked.exception, SystemExit | None), looked.exception
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run-good"], "nothing was made"
 
