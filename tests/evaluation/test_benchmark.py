@@ -324,6 +324,7 @@ ROW = {
 }  # fmt: skip
 
 
+@pytest.mark.slow  # a process for each method
 def test_the_command_measures_in_processes_and_prints_the_documented_json():
     words = "bench --model tiny --batch-size 2 --methods ours --noise_multiplicity 2 --rounds 1"
     options = "--repeats 1 --threads 1 --memory_format contiguous --format json"

@@ -337,7 +337,7 @@ def test_shipped_recipes_begin_with_their_command_and_name_every_key(name):
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest_and_all_others():
-    with pytest.raises(UserError, match="Did you mean 'digits'.*digits, dp-finetune.*handwriting.*--config"):
+    with pytest.raises(UserError, match="Did you mean 'digits'.*digits, digits-captions.*handwriting.*--config"):
         recipe_path("digit")
     with pytest.raises(UserError, match="does not exist"):
         recipe_path("../recipes/digits")

@@ -67,7 +67,7 @@ def kill_and_finish(recipe, folder, whole, seeds):
 
 
 def test_a_run_killed_at_random_points_ends_as_if_it_had_not_been(recipe, whole, tmp_path):
-    kill_and_finish(recipe, tmp_path, whole, range(5))
+    kill_and_finish(recipe, tmp_path, whole, range(3))
 
 
 @pytest.mark.slow
@@ -103,7 +103,7 @@ def test_a_folder_that_turns_read_only_loses_nothing(recipe, whole, tmp_path, mo
     finish(recipe, folder, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_polite_stop_says_how_to_go_on_and_the_same_command_does(recipe, tmp_path, number):
     (tmp_path / "recipe.yaml").write_text(to_yaml(changed(recipe, "train", max_train_steps=12)))
     words = ("train", "--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run"))
