@@ -46,7 +46,7 @@ HIDDEN = [
     "--neighboring_relation", "add_or_remove_one", "--sampling_prob", "0.001", "--train_batch_size", "10",
     "--group_column", "owner", "--max_examples_per_group", "2", "--class_names", "red,blue", "--gamma", "0.01",
 ]  # fmt: skip
-KNOWN = ["--train_batch_size", "3"]
+KNOWN = ["--train_batch_size", "3", "--gamma", "0.01"]
 TOLD = [
     "--train_batch_size", "3", "--caption_column", "caption", "--sample_prompts", "a cat", "--augmentations", "shift",
     "--gamma", "0.01", "--output_dir", "runs/told",
@@ -93,6 +93,14 @@ def spied(original):
 
 randomness.new_key, randomness.attempt_key = spied(randomness.new_key), spied(randomness.attempt_key)
 from dp_peft_diffusion.cli import main
+from dp_peft_diffusion.sharing import reloading
+
+def once(job, original=reloading.in_fresh_process):
+    # The first run is loaded again in a fresh process, which takes seconds to begin; the others in this one.
+    reloading.in_fresh_process = reloading.stock_reload.reload
+    return original(job)
+
+reloading.in_fresh_process = once
 
 for words in json.loads(sys.argv[3]):
     try:
