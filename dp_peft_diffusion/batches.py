@@ -1,6 +1,7 @@
 """One micro-batch of examples with everything each draws, and its losses."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from dp_peft_diffusion.diffusion.draws import draw_dropped_labels, draw_levels, 
 from dp_peft_diffusion.diffusion.noise_levels import LevelQuantile, level_quantile
 from dp_peft_diffusion.diffusion.objectives import Objective, make_objective
 from dp_peft_diffusion.gradients.functional import LossFn
+from dp_peft_diffusion.privacy.adapter_form import CLASS_TABLE
 from dp_peft_diffusion.recipe import Recipe
 
 Batch = dict[str, Tensor]
@@ -58,6 +60,8 @@ def make_batch(task: Task, examples: Examples, ids: np.ndarray, key: bytes, step
     train, table = task.recipe.train, task.conditions
     views, draws = train.augmentation_multiplicity, train.noise_multiplicity
     clean, rows = views_of(task, examples, ids, key, step), views * draws
+    if task.recipe.adapter.kind == "class_codes":
+        return code_batch(task, clean, examples)
     batch = {
         "clean": clean,  # (b, views, c, h, w)
         "weights": examples.weights,  # (b,)
@@ -73,6 +77,16 @@ def make_batch(task: Task, examples: Examples, ids: np.ndarray, key: bytes, step
         if examples.text:
             batch |= {"dropped": dropped, **examples.text}
     return {name: value.to(task.base.unet.device) for name, value in batch.items()}
+
+
+@torch.no_grad()
+def code_batch(task: Task, clean: Tensor, examples: Examples) -> Batch:
+    """What `class_codes` sums: the codes of each example's views (b, views, d), its class and its weight."""
+    base = task.base
+    assert base.codes is not None  # `resolve` has refused other bases
+    images = base.decode(clean.flatten(0, 1).to(base.unet.device))
+    batch = {"codes": base.codes(images).unflatten(0, clean.shape[:2]), "labels": examples.labels}
+    return {name: value.to(base.unet.device) for name, value in (batch | {"weights": examples.weights}).items()}
 
 
 def views_of(task: Task, examples: Examples, ids: np.ndarray, key: bytes, step: int) -> Tensor:
@@ -128,10 +142,21 @@ def make_loss(task: Task, mixed_precision: str = "no") -> LossFn:
             with torch.autocast(noisy.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
                 return task.base.predict(unet, noisy, times, conditions)
 
+        if "codes" in batch:
+            return code_losses(unet, batch)
         losses = task.objective.losses(predict, batch["clean"], batch["noise"], batch["levels"])
         return losses * batch["weights"]
 
     return loss_fn
+
+
+def code_losses(unet: torch.nn.Module, batch: Batch) -> Tensor:
+    """(b,): linear in the sums of `class_codes`; the views of an example are averaged inside it (invariant 2)."""
+    b, views, _ = batch["codes"].shape
+    labels = batch["labels"].repeat_interleave(views)
+    table: Any = unet.get_submodule(CLASS_TABLE)
+    losses = table.losses(batch["codes"].flatten(0, 1), labels)
+    return losses.view(b, views).mean(dim=1) * batch["weights"]
 
 
 def conditions_of(task: Task, batch: Batch) -> dict[str, Tensor]:

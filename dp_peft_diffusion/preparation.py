@@ -121,7 +121,9 @@ def prepare(
         promise = promise_of(recipe, mechanism, given_up)
     mechanism = mechanism if promise is None else promise.mechanism
     num_classes = len(recipe.data.class_names or ()) if recipe.adapter.class_rows else 0
-    adapter = inject_adapter(base, recipe.adapter, num_classes, recipe.train.seed)
+    noise_of_mean = 0.0 if promise is None else mechanism.noise_stddev / mechanism.expected_batch_size
+    bound = mechanism.max_grad_norm
+    adapter = inject_adapter(base, recipe.adapter, num_classes, recipe.train.seed, bound, noise_of_mean)
     task, clipper, more_notes, gamma_source = choose(task, adapter, gamma_given)
     recipe = task.recipe
     check_export(recipe, base, adapter, promise, gamma_source)

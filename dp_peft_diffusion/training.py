@@ -212,5 +212,8 @@ def grid_conditions(prepared: Prepared) -> tuple[dict[str, torch.Tensor], int]:
         return null_conditions(base, sample.num_images), 10
     if data.class_names is None:
         return prepared.task.conditions.take(torch.zeros_like(turns)), 10
+    if base.text is None:  # classes may have several rows each, which come in turn
+        rows = torch.tensor(prepared.recipe.adapter.rows_in_turn)
+        return {"class_labels": rows[turns % len(rows)].to(base.unet.device)}, len(data.class_names)
     labels = class_indices(data.class_names, None, sample.num_images)
     return prepared.task.conditions.take(torch.tensor(labels)), len(data.class_names)

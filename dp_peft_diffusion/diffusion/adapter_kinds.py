@@ -89,6 +89,7 @@ KINDS: dict[str, Kind] = {
     "norm": Kind("weights and biases of normalisation layers", _layers, (), NORM),
     "attention": Kind("the linear layers of attention", _layers, layers=(nn.Linear,)),
     "class_rows": Kind("", None, ()),
+    "class_codes": Kind("sums of the codes of each class", None, ()),
     "full": Kind("every weight", None, ()),
 }
 
@@ -104,8 +105,8 @@ def peft_config(model: nn.Module, spec: recipe.Adapter) -> PeftConfig | None:
 
 
 def rows_alone(spec: recipe.Adapter) -> bool:
-    """Whether class rows are all that trains: the kind of that name, or `lora` on the class table and nothing else."""
-    return spec.kind == "class_rows" or (spec.kind == "lora" and spec.target_modules == (CLASS_TABLE,))
+    """Whether class rows are all that trains: the kinds of that name, or `lora` on the class table and nothing else."""
+    return spec.kind in ("class_rows", "class_codes") or (spec.kind == "lora" and spec.target_modules == (CLASS_TABLE,))
 
 
 def find_targets(model: nn.Module, spec: recipe.Adapter) -> list[str]:

@@ -11,11 +11,13 @@ from torch import nn
 from dp_peft_diffusion import recipe
 from dp_peft_diffusion.diffusion.adapter_kinds import KINDS, carrier, peft_config, rows_alone
 from dp_peft_diffusion.diffusion.base_model import BaseModel
+from dp_peft_diffusion.diffusion.class_codes import ClassCodes
 from dp_peft_diffusion.diffusion.class_rows import (
     CLASS_TABLE,
     ClassRows,
     choose_class_rows,
     code_directions,
+    unit_code_directions,
     with_class_rows,
 )
 from dp_peft_diffusion.errors import RunError, UserError
@@ -30,7 +32,7 @@ class Adapter:
 
     unet: nn.Module
     config: PeftConfig | None
-    class_rows: ClassRows | None
+    class_rows: ClassRows | ClassCodes | None
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -40,7 +42,9 @@ class Adapter:
     @property
     def adapted_modules(self) -> list[str]:
         """Paths of the base's modules that train."""
-        whole = [name for name, m in self.unet.named_modules() if isinstance(m, BaseTunerLayer | ClassRows)]
+        whole = [
+            name for name, m in self.unet.named_modules() if isinstance(m, BaseTunerLayer | ClassRows | ClassCodes)
+        ]
         owners = [
             next((path for path in whole if name.startswith(f"{path}.")), name.rpartition(".")[0])
             for name in self.trainable
@@ -48,10 +52,18 @@ class Adapter:
         return list(dict.fromkeys(owners))
 
 
-def inject_adapter(base: BaseModel, spec: recipe.Adapter, num_classes: int = 0, seed: int = 0) -> Adapter:
+def inject_adapter(
+    base: BaseModel,
+    spec: recipe.Adapter,
+    num_classes: int = 0,
+    seed: int = 0,
+    max_grad_norm: float = 1.0,
+    noise_of_mean: float = 0.0,
+) -> Adapter:
     """Inject the adapter of `spec` into a copy of the base's UNet; only the adapter trains.
 
-    num_classes: private classes; 0 trains no class rows.
+    num_classes: private classes; 0 trains no class rows. max_grad_norm, noise_of_mean: the clip bound, and the standard
+        deviation of the noise in a mean over the batch, which `class_codes` reckons with.
 
     Raises:
         UserError: a name in target_modules matches nothing, nothing would train, no rows are free for the classes, or
@@ -62,7 +74,8 @@ def inject_adapter(base: BaseModel, spec: recipe.Adapter, num_classes: int = 0, 
             "--adapter full on a text-conditional base is not exported by this version. Choose --adapter lora, or "
             "attention."
         )
-    unet, class_rows = copy.deepcopy(base.unet), None
+    unet = copy.deepcopy(base.unet)
+    class_rows: ClassRows | ClassCodes | None = None
     rows = choose_class_rows(base, spec.class_rows, num_classes) if num_classes else ()
     if rows_alone(spec) and not rows:
         raise UserError(
@@ -70,13 +83,20 @@ def inject_adapter(base: BaseModel, spec: recipe.Adapter, num_classes: int = 0, 
             "or train other modules: --adapter lora --target_modules none."
         )
     config = inject_into(unet, spec, seed)
+    code_rank = len(unit_code_directions(base)) if spec.kind == "class_codes" else spec.class_code_rank
     if rows:
         if rows_alone(spec):
-            targets = [] if spec.class_code_rank else [carrier(unet)]
+            targets = [] if code_rank else [carrier(unet)]
             config = LoraConfig(r=1, lora_alpha=1, target_modules=targets)
         # Rows train as codes, in `ClassRows`; `to_peft` writes them the way `config` says.
-        config = config and with_class_rows(config, rows, spec.class_code_rank)
-        class_rows = ClassRows(unet.class_embedding, rows, code_directions(base, spec.class_code_rank))
+        config = config and with_class_rows(config, rows, code_rank)
+        if spec.kind == "class_codes":
+            draws, directions = spec.rows_per_class or 1, unit_code_directions(base)
+            class_rows = ClassCodes(
+                unet.class_embedding, directions, len(rows), rows[0], draws, max_grad_norm, noise_of_mean
+            )
+        else:
+            class_rows = ClassRows(unet.class_embedding, rows, code_directions(base, code_rank))
         unet.class_embedding = class_rows
     return Adapter(unet.eval().to(base.unet.device), config, class_rows)
 

@@ -20,6 +20,7 @@ from dp_peft_diffusion.diffusion.autoencoding import (
     to_latents,
 )
 from dp_peft_diffusion.diffusion.base_folder import find_folder, hub_commit, read_settings
+from dp_peft_diffusion.diffusion.image_codes import CodeEncoder, load_encoder
 from dp_peft_diffusion.diffusion.schedules import Schedule, read_schedule, with_prediction_type
 from dp_peft_diffusion.diffusion.text_encoding import TextEncoders, load_text_encoders
 from dp_peft_diffusion.diffusion.unets import load_unet, make_unet, unet_config
@@ -69,7 +70,8 @@ class BaseModel:
 
     name: as the user gave it; of a net from scratch with `FROM_SCRATCH` before it.
     revision: commit of a base from the Hub, whatever branch was asked for; None of one that lies here.
-    sha256: the UNet's fingerprint. vae: of a latent base. text: of a text-conditional base.
+    sha256: the UNet's fingerprint. vae: of a latent base. text: of a text-conditional base. codes: of a base that is
+        told codes of images.
     """
 
     unet: UNet2DModel | UNet2DConditionModel
@@ -81,6 +83,7 @@ class BaseModel:
     sha256: str
     vae: Autoencoder | None = None
     text: TextEncoders | None = None
+    codes: CodeEncoder | None = None
 
     @property
     def resolution(self) -> int:
@@ -120,11 +123,11 @@ class BaseModel:
 
     @cached_property
     def parts_digest(self) -> str | None:
-        """SHA-256 of the autoencoder and the text encoders; None of a base that has neither.
+        """SHA-256 of the autoencoder and the encoders of text and codes; None of a base that has none of them.
 
         Certificates hold it. So of the configs it takes `_BESIDE_WEIGHTS` alone: libraries add keys as years go by.
         """
-        parts = [part for part in (self.vae, *(self.text.encoders if self.text else ())) if part is not None]
+        parts = self._parts
         if not parts:
             return None
         facts = [[fingerprint(part), *(getattr(part.config, key, None) for key in _BESIDE_WEIGHTS)] for part in parts]
@@ -139,14 +142,21 @@ class BaseModel:
             facts += [fingerprint(self.vae), _settings(self.vae)]
         if self.text is not None:
             facts += [*map(fingerprint, self.text.encoders), *self.text.settings]
+        if self.codes is not None:
+            facts += [fingerprint(self.codes), _settings(self.codes)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
     def to(self, device: torch.device | str) -> "BaseModel":
         """The same base, every part of it moved to a device."""
-        for part in (self.unet, self.vae, *(self.text.encoders if self.text else ())):
-            if part is not None:
-                part.to(device)
+        for part in (self.unet, *self._parts):
+            part.to(device)
         return self
+
+    @property
+    def _parts(self) -> list[Any]:
+        """All that is frozen beside the UNet."""
+        parts = (self.vae, *(self.text.encoders if self.text else ()), self.codes)
+        return [part for part in parts if part is not None]
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images (n, c, side, side) in [-1, 1] -> the network's input (n, *input_shape), on the base's device.
@@ -238,6 +248,7 @@ def load_parts(
         sha256=fingerprint(unet),
         vae=vae,
         text=text,
+        codes=load_encoder(folder, name),
     )
     check_fit(base)
     return base
@@ -289,6 +300,10 @@ def check_fit(base: BaseModel) -> None:
         fault = "it packs pixels and has an autoencoder"
     elif base.text is not None and not _told_all(base):
         fault = "its UNet wants more than text encoders, an image size and a time give it"
+    elif base.codes is not None and not _takes_codes(base):
+        fault = (
+            "its encoder takes other images than its UNet draws, or gives rows that its class table has no place for"
+        )
     if fault is not None:
         raise UserError(f"base {base.name!r}: {fault}, which this version does not train. Choose another base.")
 
@@ -300,6 +315,14 @@ def _told_all(base: BaseModel) -> bool:
     wanted = config.projection_class_embeddings_input_dim if config.addition_embed_type else None
     width = config.encoder_hid_dim or config.cross_attention_dim  # a layer of the UNet may come between
     return null["encoder_hidden_states"].shape[2] == width and pooled == wanted
+
+
+def _takes_codes(base: BaseModel) -> bool:
+    """Whether the encoder sees the images that the UNet draws, and its rows are as wide as the class table."""
+    config: Any = base.codes.config if base.codes else None
+    shown = (config.resolution, config.image_channels) == (base.resolution, base.image_channels)
+    told = base.num_class_embeds is not None and base.vae is None
+    return shown and told and base.unet.class_embedding.embedding_dim == config.row_size
 
 
 def _side(size: int | list[int] | tuple[int, ...] | None) -> Any:

@@ -110,6 +110,19 @@ def without_spares(layout: BaseLayout, rows: tuple[int, ...]) -> BaseLayout:
     return replace(layout, spare_classes=(max([first, *(row + 1 for row in rows if first <= row < end)]), end))
 
 
+def unit_code_directions(base: BaseModel) -> torch.Tensor:
+    """(code_size, dim): the row of each unit code along an axis. Rows are linear in codes.
+
+    Raises:
+        UserError: the base is told no codes.
+    """
+    if base.codes is None:
+        raise UserError(f"base {base.name!r} is told no codes of images. Choose --adapter lora, or class_rows.")
+    size = base.codes.config.code_size
+    with torch.no_grad():
+        return base.codes.rows(torch.eye(size, device=base.unet.device))
+
+
 def code_directions(base: BaseModel, rank: int | None) -> torch.Tensor:
     """Directions (rank, dim) in which class rows move, from the base's own public table.
 
@@ -123,6 +136,8 @@ def code_directions(base: BaseModel, rank: int | None) -> torch.Tensor:
     table, layout = base.unet.class_embedding.weight.detach(), base.layout
     public = table[base.public_rows]
     centre = table[layout.null_class] if layout.null_class is not None else public.mean(dim=0)
+    if base.codes is not None:  # its public rows are those of codes, and stand in no table
+        public = centre + unit_code_directions(base)
     offsets = (public - centre).double()
     if rank is None:
         return (torch.eye(table.shape[1]).double() * offsets.square().mean().sqrt()).float()

@@ -135,12 +135,17 @@ def known_classes(base: BaseModel, recipes: Sequence[Recipe]) -> dict[str, Recip
 
 
 def class_rows(recipes: Sequence[Recipe], names: Sequence[str]) -> tuple[int, ...]:
-    """The rows of the class table that stand for classes; for one of several recipes it is the first one's."""
-    known: dict[str, int] = {}
+    """The rows of the class table that images of these classes take in turn; for one of several recipes the first's.
+
+    Entry i is of class i % len(names). A class of several rows takes them in turn, too.
+    """
+    known: dict[str, tuple[int, ...]] = {}
     for recipe in recipes:
-        for name, row in zip(recipe.data.class_names or (), recipe.adapter.class_rows or (), strict=False):
-            known.setdefault(name, row)
-    return tuple(known[name] for name in names)
+        rows, count = recipe.adapter.rows_in_turn, len(recipe.adapter.class_rows or ())
+        for place, name in enumerate((recipe.data.class_names or ())[:count]):
+            known.setdefault(name, rows[place::count])
+    turns = max((len(known[name]) for name in names), default=1)
+    return tuple(known[name][turn % len(known[name])] for turn in range(turns) for name in names)
 
 
 def choose_labels(

@@ -46,7 +46,7 @@ def open_model(
     check_rows(folders, recipes)
     loaded = base_of(folders, recipes[0], base)
     for folder, recipe in zip(folders, recipes, strict=True):
-        if max(recipe.adapter.class_rows or (-1,)) >= (loaded.num_class_embeds or 0):
+        if max(recipe.adapter.rows_in_turn or (-1,)) >= (loaded.num_class_embeds or 0):
             raise UserError(f"{folder} has rows of a class table that {loaded.name} lacks. Give its own base: --base")
     if whole:
         return loaded, recipes

@@ -21,8 +21,8 @@ from transformers import CLIPVisionModelWithProjection
 from transformers.utils import logging
 
 from dp_peft_diffusion.diffusion.base_folder import read_settings
+from dp_peft_diffusion.diffusion.feature_net import FeatureNet
 from dp_peft_diffusion.errors import UserError
-from dp_peft_diffusion.pretraining.feature_net import FeatureNet
 from dp_peft_diffusion.privacy.model_files import BUILTIN_BASES
 from dp_peft_diffusion.privacy.untrusted import MODEL_WEIGHTS
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dp_peft_diffusion.diffusion.feature_net import FeatureNet
 from dp_peft_diffusion.durable import make_weights_readable
 from dp_peft_diffusion.pretraining.autoencoder import open_images
-from dp_peft_diffusion.pretraining.feature_net import FeatureNet
 from dp_peft_diffusion.recipe import PretrainRecipe
 
 FEATURES = "features"  # sub-folder of the output folder

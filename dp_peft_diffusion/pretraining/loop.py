@@ -17,10 +17,11 @@ from dp_peft_diffusion.pretraining.checkpoints import resume, write_checkpoint
 from dp_peft_diffusion.pretraining.denoising import Denoising
 from dp_peft_diffusion.pretraining.features import Recognition
 from dp_peft_diffusion.pretraining.handwriting import Handwriting
+from dp_peft_diffusion.pretraining.image_codes import Codes
 from dp_peft_diffusion.recipe import PretrainRecipe, to_yaml
 
 # What trains, its loss, and what it leaves behind.
-Task = Handwriting | Denoising | Reconstruction | Captions | Recognition
+Task = Handwriting | Denoising | Reconstruction | Captions | Recognition | Codes
 
 
 def pretrain(recipe: PretrainRecipe, output_dir: Path) -> Path:
@@ -62,8 +63,12 @@ def pretrain(recipe: PretrainRecipe, output_dir: Path) -> Path:
 def make_task(recipe: PretrainRecipe, device: torch.device) -> Task:
     """The recipe's kind of pretraining, on `device`."""
     kinds: dict[str, type[Task]] = {
-        "handwriting": Handwriting, "autoencoder": Reconstruction, "captions": Captions, "features": Recognition
-    }  # fmt: skip
+        "handwriting": Handwriting,
+        "autoencoder": Reconstruction,
+        "captions": Captions,
+        "features": Recognition,
+        "codes": Codes,
+    }
     return kinds.get(recipe.kind, Denoising)(recipe, device)
 
 

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 from dp_peft_diffusion.errors import PrivacyError, UserError
 from dp_peft_diffusion.recipe import Recipe, load_recipe
 
 MAX_STEPS = 10_000  # denoising steps that a stranger's recipe may ask for; the user may ask for any number
+MAX_ROWS = 1_000_000  # of the class table that its classes may take
 # An owner and a name, or a name alone: nothing that leads up, to a home or to the root of the file system.
 _ON_THE_HUB = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,95}(/[A-Za-z0-9][A-Za-z0-9_.\-]{0,95})?")
 _BUILT_IN = re.compile(r"builtin:[a-z0-9_]{1,60}")
@@ -28,6 +30,8 @@ def read_recipe(folder: Path) -> Recipe:
     names, rows = recipe.data.class_names or (), recipe.adapter.class_rows
     if rows is not None and len(rows) != len(names):
         raise PrivacyError(f"{path} names {len(names)} classes and {len(rows)} rows of the class table.")
+    if len(rows or ()) * (recipe.adapter.rows_per_class or 1) > MAX_ROWS:
+        raise PrivacyError(f"{path} asks for more than {MAX_ROWS} rows of the class table.")
     if recipe.sample.num_inference_steps > MAX_STEPS:
         raise UserError(
             f"{path} asks for {recipe.sample.num_inference_steps} denoising steps. Change sample.num_inference_steps "
@@ -72,7 +76,7 @@ def check_rows(folders: Sequence[Path], recipes: Sequence[Recipe]) -> None:
     """
     taken: dict[int, tuple[Path, str]] = {}
     for folder, recipe in zip(folders, recipes, strict=True):
-        for row, name in zip(recipe.adapter.class_rows or (), recipe.data.class_names or (), strict=False):
+        for row, name in zip(recipe.adapter.rows_in_turn, cycle(recipe.data.class_names or ()), strict=False):
             other, before = taken.setdefault(row, (folder, name))
             if before != name:
                 raise UserError(

@@ -1,7 +1,7 @@
 """Values of a recipe that are out of range, or do not go together."""
 
 import re
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.recipe.pretraining import PretrainRecipe
@@ -161,6 +161,7 @@ def _check_together(recipe: Recipe) -> None:
             f"--target_modules has no meaning with --adapter {recipe.adapter.kind} (adapter.kind in a recipe), which "
             "knows what it trains. Leave it out, or choose --adapter lora."
         )
+    _check_class_codes(recipe)
     if recipe.adapter.kind == "oft" and recipe.adapter.rank < 2:
         raise UserError("--rank 1 (adapter.rank in a recipe): a rotation of one number is none. Type --rank 4 for oft.")
     if recipe.adapter.kind == "lokr" and (recipe.adapter.lora_alpha or 0) > MAX_SCALE * recipe.adapter.rank:
@@ -171,17 +172,50 @@ def _check_together(recipe: Recipe) -> None:
             raise UserError(f"{name} names something twice: {', '.join(map(str, items))}. Name each once.")
 
 
+# What class_codes needs: one sum of bounded statistics, and no descent.
+_ONE_SUM: dict[str, dict[str, Any]] = {
+    "train": {
+        "optimizer": "sgd", "momentum": 0.0, "learning_rate": 1.0, "lr_warmup_steps": 0, "max_train_steps": 1,
+        "noise_multiplicity": 1, "label_dropout": 0.0, "ema_decay": 0.0, "mixed_precision": "no",
+    },
+    "privacy": {"clipping": "flat"},
+    "adapter": {"class_code_rank": None},
+}  # fmt: skip
+
+
+def _check_class_codes(recipe: Recipe) -> None:
+    """`class_codes` sums statistics once; options of training by many steps would do nothing, or harm."""
+    if recipe.adapter.kind != "class_codes":
+        if recipe.adapter.rows_per_class is not None:
+            raise UserError(
+                "--rows_per_class (adapter.rows_per_class in a recipe) belongs to --adapter class_codes. Leave it out."
+            )
+        return
+    wrong = [
+        f"--{name} {'none' if wanted is None else f'{wanted:g}' if isinstance(wanted, float) else wanted}"
+        for section, values in _ONE_SUM.items()
+        for name, wanted in values.items()
+        if getattr(getattr(recipe, section), name) != wanted
+    ]
+    if wrong:
+        raise UserError(
+            f"--adapter class_codes takes one noisy sum, and no steps of descent. Type {' '.join(wrong)}, or start "
+            "from --recipe mnist-codes."
+        )
+
+
 # Options of pretraining that only some kinds have; elsewhere they would say something and do nothing.
 _ONLY_OF = {
     "vae": ("latent", "captions"),
     "latent_channels": ("autoencoder",),
     "kl_weight": ("autoencoder",),
-    "characters": ("autoencoder", "captions", "features"),
-    "invert": ("handwriting", "autoencoder", "captions", "features"),
-    "class_code_rank": ("handwriting", "captions"),
-    "pixel_packing": ("handwriting", "pixel", "features"),
-    "center_crop": ("pixel", "autoencoder", "latent", "captions", "features"),
-    "random_flip": ("pixel", "autoencoder", "latent", "captions", "features"),
+    "characters": ("autoencoder", "captions", "features", "codes"),
+    "invert": ("handwriting", "autoencoder", "captions", "features", "codes"),
+    "features": ("codes",),
+    "class_code_rank": ("handwriting", "captions", "codes"),
+    "pixel_packing": ("handwriting", "pixel", "features", "codes"),
+    "center_crop": ("pixel", "autoencoder", "latent", "captions", "features", "codes"),
+    "random_flip": ("pixel", "autoencoder", "latent", "captions", "features", "codes"),
     "caption_column": ("captions",),
     "prompt_template": ("captions",),
     "spare_words": ("captions",),
@@ -211,6 +245,11 @@ def _check_pretraining(recipe: PretrainRecipe) -> None:
         _check_captions(recipe)
     if recipe.kind == "features" and recipe.label_column is None:
         raise UserError("--kind features learns to tell classes apart. Give a --label_column.")
+    if recipe.kind == "codes" and recipe.features is None:
+        raise UserError(
+            "--kind codes needs the net whose features are the codes: --features PATH (features in a recipe). `dp-peft "
+            "pretrain --kind features` makes one, and builtin:handwriting_features comes with the package."
+        )
     _check_characters(recipe)
     _check_sizes(recipe)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from dp_peft_diffusion.recipe.sections import MAX_SEED, MAX_TEXT, PREDICTION_TYPES
 from dp_peft_diffusion.typed_fields import option
 
-PRETRAIN_KINDS = ("handwriting", "pixel", "autoencoder", "latent", "captions", "features")
+PRETRAIN_KINDS = ("handwriting", "pixel", "autoencoder", "latent", "captions", "features", "codes")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
@@ -16,7 +16,7 @@ class PretrainRecipe:
     kind: str = option(
         "pixel",
         choices=PRETRAIN_KINDS,
-        help="what is made: a UNet on pixels, an autoencoder, a UNet on its latents, one with prompts, or features",
+        help="what is made: a UNet on pixels, latents, prompts or codes, an autoencoder, or features",
     )
     dataset_name: str = option(help="PUBLIC images: a folder, parquet files, a Hub name")
     split: str = option("train", help="split of the data set")
@@ -27,12 +27,13 @@ class PretrainRecipe:
     center_crop: bool = option(False, help="cut the middle square out instead of resizing the whole image")
     random_flip: bool = option(False, help="mirror half of the images, left to right")
     characters: bool = option(
-        False, help="of autoencoder, captions and features: characters, changed at random as for handwriting"
+        False, help="of autoencoder, captions, features and codes: characters, changed at random as for handwriting"
     )
     invert: bool = option(False, help="of characters: the images are dark on light; the base learns light on dark")
     resolution: int = option(32, at_least=8, help="side of the images in pixels")
     image_channels: int = option(3, at_least=1, below=4, help="3: colour, 1: grey")
     vae: str | None = option(None, help="of latent and captions: the folder of an autoencoder")
+    features: str | None = option(None, help="of codes: the folder of a feature net, or builtin:NAME")
     pixel_packing: int = option(1, at_least=1, help="side of the pixel blocks folded into channels")
     latent_channels: int = option(3, at_least=1, help="of autoencoder: channels of its latents")
     kl_weight: float = option(1e-6, at_least=0, help="of autoencoder: weight of KL beside the summed error")
@@ -47,7 +48,7 @@ class PretrainRecipe:
     resblock_updown: bool = option(False, help="of a UNet: residual blocks between levels, in place of convolutions")
     dropout: float = option(0.0, at_least=0, below=1, help="of a UNet, while pretraining")
     class_code_rank: int = option(
-        16, at_least=1, help="of handwriting: dimensions of the class table; of captions: of what the UNet is told"
+        16, at_least=1, help="of handwriting: dimensions of the class table; of captions, codes: of what a UNet is told"
     )
     spare_classes: int = option(64, at_least=0, help="free rows of the class table, for private classes")
     spare_words: tuple[str, ...] | None = option(

@@ -108,6 +108,7 @@ def snippet_facts(recipe: Recipe, trained_on: BaseModel) -> dict[str, Any]:
         "input_shape": ", ".join(map(str, trained_on.input_shape)),
         "pixel_packing": layout.pixel_packing,
         "class_rows": rows and list(rows),
+        "rows_per_class": recipe.adapter.rows_per_class,
         "class_names": names and list(names),
         "null_class": null,
         "guidance": guidance if guidance != 1 and null is not None and rows not in (None, (null,)) else None,
@@ -213,7 +214,9 @@ def trained_facts(recipe: Recipe) -> str:
     facts = [] if rows_alone(spec) else [KINDS[spec.kind].what.format(rank=spec.rank)]
     if facts and spec.target_modules is not None:
         facts = [f"{spec.kind} of rank {spec.rank} on {', '.join(spec.target_modules)}"]
-    if spec.class_rows:
+    if spec.kind == "class_codes":
+        facts.append(f"sums of image codes of {len(spec.class_rows or ())} classes; rows drawn: {spec.rows_per_class}")
+    elif spec.class_rows:
         where = "whole rows" if spec.class_code_rank is None else f"{spec.class_code_rank} public directions"
         facts.append(f"class rows of {len(spec.class_rows)} classes, in {where}")
     return "; ".join(facts)

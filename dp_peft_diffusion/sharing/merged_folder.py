@@ -126,7 +126,7 @@ def write_network(model: BaseModel, recipes: Sequence[Recipe], dtype: torch.dtyp
     model.unet.save_pretrained(target / "unet", safe_serialization=True)
     make_weights_readable(target)
     without_places(target / "unet" / "config.json")
-    rows = tuple(row for recipe in recipes for row in recipe.adapter.class_rows or ())
+    rows = tuple(row for recipe in recipes for row in recipe.adapter.rows_in_turn)
     layout = replace(without_spares(model.layout, rows), latent=model.is_latent)
     (target / LAYOUT_FILE).write_text(json.dumps(asdict(layout), indent=2) + "\n")
 

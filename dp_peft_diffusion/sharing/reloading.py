@@ -95,7 +95,7 @@ def check_reload(
         found = in_fresh_process({**job, "loaders": loaders, "tensors": str(tensors)})
     for name in loaders:
         judge(NAMES[name], found[name], None if name == "whole" else len(layers_that_train(base, adapter)), given)
-    if adapter.class_rows is not None and conditions.null >= ROWS:
+    if adapter.class_rows is not None and len(adapter.class_rows.rows) >= ROWS:
         check_class_table(base, adapter, folder)
     return Reloaded(
         layers={name: found[name]["layers"] for name in loaders},
@@ -120,7 +120,7 @@ def as_float32_holds_it(adapter: Adapter) -> nn.Module:
     as_lora = isinstance(adapter.config, LoraConfig) and CLASS_TABLE in adapter.config.rank_pattern
     if adapter.class_rows is not None and not as_lora:
         rows = unet.get_submodule(CLASS_TABLE)  # not adapter.class_rows, which the exporter reads
-        every = torch.arange(len(adapter.class_rows.class_of_row), device=adapter.class_rows.rows.device)
+        every = torch.arange(adapter.class_rows.table.num_embeddings, device=adapter.class_rows.rows.device)
         unet.class_embedding = nn.Embedding.from_pretrained(rows(every))
     return unet
 

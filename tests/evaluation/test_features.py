@@ -19,12 +19,12 @@ from sklearn.datasets import load_digits
 from torchvision.transforms.functional import normalize, to_tensor
 from transformers import CLIPConfig, CLIPModel
 
+from dp_peft_diffusion.diffusion.feature_net import FeatureNet
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.evaluation import features as module
 from dp_peft_diffusion.evaluation import fidelity
 from dp_peft_diffusion.evaluation.features import HANDWRITING, open_features
 from dp_peft_diffusion.evaluation.fidelity import frechet_distance, kernel_distance
-from dp_peft_diffusion.pretraining.feature_net import FeatureNet
 
 
 def random_images(n, seed=0, channels=1, side=32):

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from dp_peft_diffusion.diffusion.feature_net import FeatureNet
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.evaluation.features import HANDWRITING, open_features
 from dp_peft_diffusion.pretraining import loop, pretrain
 from dp_peft_diffusion.pretraining.checkpoints import write_checkpoint
-from dp_peft_diffusion.pretraining.feature_net import FeatureNet
 from dp_peft_diffusion.pretraining.features import Recognition
 from dp_peft_diffusion.recipe import PretrainRecipe, load_pretrain_recipe, recipe_path, validate
 

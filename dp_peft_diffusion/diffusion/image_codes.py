@@ -1,0 +1,93 @@
+"""Codes: a few numbers that say what an image shows. Some bases are told a code, in place of a class."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from dp_peft_diffusion.diffusion.base_folder import load_part, read_settings
+from dp_peft_diffusion.diffusion.feature_net import FeatureNet
+from dp_peft_diffusion.errors import UserError
+
+ENCODER = "encoder"  # sub-folder of a base
+
+
+class CodeEncoder(ModelMixin, ConfigMixin):
+    """Images -> codes, and codes -> what the base is told: a row, as if of its class table.
+
+    A code is a unit vector: features of a net that tells public classes apart, in the directions in which they vary
+    most among public images. No layer mixes images: the code of one does not depend on those beside it.
+
+    Args:
+        code_size: numbers of a code.
+        row_size: width of the class table.
+        others: as `FeatureNet` takes them.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        code_size: int = 64,
+        row_size: int = 128,
+        resolution: int = 32,
+        image_channels: int = 1,
+        pixel_packing: int = 1,
+        block_out_channels: Sequence[int] = (32, 64, 80),
+        layers_per_block: int = 2,
+        norm_num_groups: int = 8,
+        trained_on: str = "",
+    ):
+        super().__init__()
+        self.features = FeatureNet(
+            resolution, image_channels, pixel_packing, block_out_channels, layers_per_block, norm_num_groups, trained_on
+        )
+        self.principal = nn.Linear(block_out_channels[-1], code_size)
+        self.directions = nn.Linear(code_size, row_size, bias=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Codes (b, code_size), unit vectors, of images (b, c, side, side) in [-1, 1]."""
+        return nn.functional.normalize(self.principal(self.features(images)), dim=1)
+
+    def rows(self, codes: torch.Tensor) -> torch.Tensor:
+        """What the base is told (b, row_size) of codes (b, code_size); nothing at all is zeros."""
+        return self.directions(codes * math.sqrt(codes.shape[1]))  # root mean square 1
+
+    @torch.no_grad()
+    def fit(self, images: Sequence[torch.Tensor]) -> None:
+        """Take the directions of codes from PUBLIC images, batches (b, c, side, side) in [-1, 1].
+
+        Principal components of the features around their mean, each divided by the square root of its spread: half
+        way between components as large as they are, and all of them equally large.
+        """
+        features = torch.cat([self.features(batch) for batch in images]).double()  # (n, f)
+        mean = features.mean(dim=0)
+        _, spread, principal = torch.linalg.svd(features - mean, full_matrices=False)
+        size = self.config.code_size
+        signs = principal.gather(1, principal.abs().argmax(dim=1, keepdim=True)).sign()
+        spread = spread[:size] / spread[0]
+        weight = (principal * signs)[:size] * spread.clamp(min=1e-3).rsqrt()[:, None]  # (code_size, f)
+        self.principal.weight.copy_(weight)
+        self.principal.bias.copy_(-weight @ mean)
+
+
+def load_encoder(folder: Path, name: str) -> CodeEncoder | None:
+    """The frozen encoder that lies beside a base's UNet; None where there is none.
+
+    name: of the base, for messages.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    settings = read_settings(folder / ENCODER / "config.json")
+    if settings is None:
+        return None
+    if settings.get("_class_name") != CodeEncoder.__name__:
+        raise UserError(
+            f"base {name!r}: its {ENCODER} is {settings.get('_class_name')}, and this version knows "
+            f"{CodeEncoder.__name__} alone. Choose another base."
+        )
+    return load_part(CodeEncoder, folder / ENCODER, name)
