@@ -60,7 +60,7 @@ def make_batch(task: Task, examples: Examples, ids: np.ndarray, key: bytes, step
     train, table = task.recipe.train, task.conditions
     views, draws = train.augmentation_multiplicity, train.noise_multiplicity
     clean, rows = views_of(task, examples, ids, key, step), views * draws
-    if task.recipe.adapter.kind == "class_codes":
+    if task.recipe.adapter.kind == "code_moments":
         return code_batch(task, clean, examples)
     batch = {
         "clean": clean,  # (b, views, c, h, w)
@@ -81,7 +81,7 @@ def make_batch(task: Task, examples: Examples, ids: np.ndarray, key: bytes, step
 
 @torch.no_grad()
 def code_batch(task: Task, clean: Tensor, examples: Examples) -> Batch:
-    """What `class_codes` sums: the codes of each example's views (b, views, d), its class and its weight."""
+    """What `code_moments` sums: the codes of each example's views (b, views, d), its class and its weight."""
     base = task.base
     assert base.codes is not None  # `resolve` has refused other bases
     images = base.decode(clean.flatten(0, 1).to(base.unet.device))
@@ -151,7 +151,7 @@ def make_loss(task: Task, mixed_precision: str = "no") -> LossFn:
 
 
 def code_losses(unet: torch.nn.Module, batch: Batch) -> Tensor:
-    """(b,): linear in the sums of `class_codes`; the views of an example are averaged inside it (invariant 2)."""
+    """(b,): linear in the sums of `code_moments`; the views of an example are averaged inside it (invariant 2)."""
     b, views, _ = batch["codes"].shape
     labels = batch["labels"].repeat_interleave(views)
     table: Any = unet.get_submodule(CLASS_TABLE)

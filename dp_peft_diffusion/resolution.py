@@ -55,7 +55,7 @@ def resolve(recipe: Recipe, base: BaseModel, class_names: tuple[str, ...] | None
         if base.text is None:
             rows = choose_class_rows(base, adapter.class_rows, len(class_names))
             adapter = dataclasses.replace(adapter, class_rows=rows)
-    if adapter.kind == "class_codes":
+    if adapter.kind == "code_moments":
         adapter = dataclasses.replace(adapter, rows_per_class=choose_rows_per_class(recipe, base, class_names))
     has_null = base.text is not None or (data.class_names is not None and base.layout.null_class is not None)
     if train.label_dropout and not has_null:
@@ -81,21 +81,21 @@ def check_fit(recipe: Recipe, base: BaseModel) -> None:
 
 
 def choose_rows_per_class(recipe: Recipe, base: BaseModel, class_names: tuple[str, ...] | None) -> int:
-    """Rows that each class takes, for `class_codes`: as many as asked for, or all that the base has to spare.
+    """Rows that each class takes, for `code_moments`: as many as asked for, or all that the base has to spare.
 
     Raises:
         UserError: the base is told no codes, the images have no labels, or there are fewer rows.
     """
     if base.codes is None:
         raise UserError(
-            f"--adapter class_codes needs a base that is told codes of images, and base {base.name!r} has no encoder. "
+            f"--adapter code_moments needs a base that is told codes of images, and base {base.name!r} has no encoder. "
             "Take builtin:handwriting_codes, make one with dp-peft pretrain --kind codes, or choose --adapter lora."
         )
     if class_names is None:
-        raise UserError("--adapter class_codes needs a class for every image. Give --label_column.")
+        raise UserError("--adapter code_moments needs a class for every image. Give --label_column.")
     first, end = base.layout.spare_classes
     if recipe.adapter.class_rows not in (None, tuple(range(first, first + len(class_names)))):
-        raise UserError("--adapter class_codes takes all spare class rows. Leave --class_rows out.")
+        raise UserError("--adapter code_moments takes all spare class rows. Leave --class_rows out.")
     spare, wanted = (end - first) // len(class_names), recipe.adapter.rows_per_class
     if wanted is not None and wanted > spare:
         raise UserError(

@@ -89,7 +89,7 @@ KINDS: dict[str, Kind] = {
     "norm": Kind("weights and biases of normalisation layers", _layers, (), NORM),
     "attention": Kind("the linear layers of attention", _layers, layers=(nn.Linear,)),
     "class_rows": Kind("", None, ()),
-    "class_codes": Kind("sums of the codes of each class", None, ()),
+    "code_moments": Kind("sums of the codes of each class", None, ()),
     "full": Kind("every weight", None, ()),
 }
 
@@ -106,7 +106,9 @@ def peft_config(model: nn.Module, spec: recipe.Adapter) -> PeftConfig | None:
 
 def rows_alone(spec: recipe.Adapter) -> bool:
     """Whether class rows are all that trains: the kinds of that name, or `lora` on the class table and nothing else."""
-    return spec.kind in ("class_rows", "class_codes") or (spec.kind == "lora" and spec.target_modules == (CLASS_TABLE,))
+    return spec.kind in ("class_rows", "code_moments") or (
+        spec.kind == "lora" and spec.target_modules == (CLASS_TABLE,)
+    )
 
 
 def find_targets(model: nn.Module, spec: recipe.Adapter) -> list[str]:

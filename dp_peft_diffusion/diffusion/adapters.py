@@ -11,7 +11,6 @@ from torch import nn
 from dp_peft_diffusion import recipe
 from dp_peft_diffusion.diffusion.adapter_kinds import KINDS, carrier, peft_config, rows_alone
 from dp_peft_diffusion.diffusion.base_model import BaseModel
-from dp_peft_diffusion.diffusion.class_codes import ClassCodes
 from dp_peft_diffusion.diffusion.class_rows import (
     CLASS_TABLE,
     ClassRows,
@@ -20,6 +19,7 @@ from dp_peft_diffusion.diffusion.class_rows import (
     unit_code_directions,
     with_class_rows,
 )
+from dp_peft_diffusion.diffusion.code_moments import CodeMoments
 from dp_peft_diffusion.errors import RunError, UserError
 
 
@@ -32,7 +32,7 @@ class Adapter:
 
     unet: nn.Module
     config: PeftConfig | None
-    class_rows: ClassRows | ClassCodes | None
+    class_rows: ClassRows | CodeMoments | None
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -43,7 +43,7 @@ class Adapter:
     def adapted_modules(self) -> list[str]:
         """Paths of the base's modules that train."""
         whole = [
-            name for name, m in self.unet.named_modules() if isinstance(m, BaseTunerLayer | ClassRows | ClassCodes)
+            name for name, m in self.unet.named_modules() if isinstance(m, BaseTunerLayer | ClassRows | CodeMoments)
         ]
         owners = [
             next((path for path in whole if name.startswith(f"{path}.")), name.rpartition(".")[0])
@@ -63,7 +63,7 @@ def inject_adapter(
     """Inject the adapter of `spec` into a copy of the base's UNet; only the adapter trains.
 
     num_classes: private classes; 0 trains no class rows. max_grad_norm, noise_of_mean: the clip bound, and the standard
-        deviation of the noise in a mean over the batch, which `class_codes` reckons with.
+        deviation of the noise in a mean over the batch, which `code_moments` reckons with.
 
     Raises:
         UserError: a name in target_modules matches nothing, nothing would train, no rows are free for the classes, or
@@ -75,7 +75,7 @@ def inject_adapter(
             "attention."
         )
     unet = copy.deepcopy(base.unet)
-    class_rows: ClassRows | ClassCodes | None = None
+    class_rows: ClassRows | CodeMoments | None = None
     rows = choose_class_rows(base, spec.class_rows, num_classes) if num_classes else ()
     if rows_alone(spec) and not rows:
         raise UserError(
@@ -83,16 +83,16 @@ def inject_adapter(
             "or train other modules: --adapter lora --target_modules none."
         )
     config = inject_into(unet, spec, seed)
-    code_rank = len(unit_code_directions(base)) if spec.kind == "class_codes" else spec.class_code_rank
+    code_rank = len(unit_code_directions(base)) if spec.kind == "code_moments" else spec.class_code_rank
     if rows:
         if rows_alone(spec):
             targets = [] if code_rank else [carrier(unet)]
             config = LoraConfig(r=1, lora_alpha=1, target_modules=targets)
         # Rows train as codes, in `ClassRows`; `to_peft` writes them the way `config` says.
         config = config and with_class_rows(config, rows, code_rank)
-        if spec.kind == "class_codes":
+        if spec.kind == "code_moments":
             draws, directions = spec.rows_per_class or 1, unit_code_directions(base)
-            class_rows = ClassCodes(
+            class_rows = CodeMoments(
                 unet.class_embedding, directions, len(rows), rows[0], draws, max_grad_norm, noise_of_mean
             )
         else:

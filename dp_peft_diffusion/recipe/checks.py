@@ -161,7 +161,7 @@ def _check_together(recipe: Recipe) -> None:
             f"--target_modules has no meaning with --adapter {recipe.adapter.kind} (adapter.kind in a recipe), which "
             "knows what it trains. Leave it out, or choose --adapter lora."
         )
-    _check_class_codes(recipe)
+    _check_code_moments(recipe)
     if recipe.adapter.kind == "oft" and recipe.adapter.rank < 2:
         raise UserError("--rank 1 (adapter.rank in a recipe): a rotation of one number is none. Type --rank 4 for oft.")
     if recipe.adapter.kind == "lokr" and (recipe.adapter.lora_alpha or 0) > MAX_SCALE * recipe.adapter.rank:
@@ -172,7 +172,7 @@ def _check_together(recipe: Recipe) -> None:
             raise UserError(f"{name} names something twice: {', '.join(map(str, items))}. Name each once.")
 
 
-# What class_codes needs: one sum of bounded statistics, and no descent.
+# What code_moments needs: one sum of bounded statistics, and no descent.
 _ONE_SUM: dict[str, dict[str, Any]] = {
     "train": {
         "optimizer": "sgd", "momentum": 0.0, "learning_rate": 1.0, "lr_warmup_steps": 0, "max_train_steps": 1,
@@ -183,12 +183,12 @@ _ONE_SUM: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _check_class_codes(recipe: Recipe) -> None:
-    """`class_codes` sums statistics once; options of training by many steps would do nothing, or harm."""
-    if recipe.adapter.kind != "class_codes":
+def _check_code_moments(recipe: Recipe) -> None:
+    """`code_moments` sums statistics once; options of training by many steps would do nothing, or harm."""
+    if recipe.adapter.kind != "code_moments":
         if recipe.adapter.rows_per_class is not None:
             raise UserError(
-                "--rows_per_class (adapter.rows_per_class in a recipe) belongs to --adapter class_codes. Leave it out."
+                "--rows_per_class (adapter.rows_per_class in a recipe) belongs to --adapter code_moments. Leave it out."
             )
         return
     wrong = [
@@ -199,7 +199,7 @@ def _check_class_codes(recipe: Recipe) -> None:
     ]
     if wrong:
         raise UserError(
-            f"--adapter class_codes takes one noisy sum, and no steps of descent. Type {' '.join(wrong)}, or start "
+            f"--adapter code_moments takes one noisy sum, and no steps of descent. Type {' '.join(wrong)}, or start "
             "from --recipe mnist-codes."
         )
 

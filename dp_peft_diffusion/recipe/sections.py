@@ -7,11 +7,11 @@ from dp_peft_diffusion.typed_fields import option
 PROMISES = ("epsilon", "noise_multiplier", "no_privacy")  # of a run, exactly one
 ADAPTER_KINDS = (
     "lora", "lora_conv", "ffa_lora", "rslora", "dora", "ia3", "lokr", "oft", "vera",
-    "bitfit", "norm", "attention", "class_rows", "class_codes", "full",
+    "bitfit", "norm", "attention", "class_rows", "code_moments", "full",
 )  # fmt: skip
 NEIGHBORING_RELATIONS = ("zero_out", "add_or_remove_one", "replace_one")
 MAX_SCALE = 64  # alpha over rank that an adapter's file may say
-WITHOUT_TARGETS = ("bitfit", "class_rows", "class_codes", "full")
+WITHOUT_TARGETS = ("bitfit", "class_rows", "code_moments", "full")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "edm")
 TIMESTEP_DISTRIBUTIONS = ("uniform", "mixture", "log_normal", "cosine")
 AUGMENTATIONS = ("flip", "crop", "shift", "color")
@@ -85,7 +85,7 @@ class Adapter:
         None, at_least=0, help="rows of the class table that may be overwritten, for a base without spare rows"
     )
     rows_per_class: int | None = option(
-        None, at_least=1, below=100_001, help="of class_codes: class rows drawn for each class; none: all spare rows"
+        None, at_least=1, below=100_001, help="of code_moments: class rows drawn for each class; none: all spare rows"
     )
     license: str | None = option(None, longest=40, help="licence of the exported weights, by its name on the Hub")
 

@@ -214,7 +214,7 @@ def trained_facts(recipe: Recipe) -> str:
     facts = [] if rows_alone(spec) else [KINDS[spec.kind].what.format(rank=spec.rank)]
     if facts and spec.target_modules is not None:
         facts = [f"{spec.kind} of rank {spec.rank} on {', '.join(spec.target_modules)}"]
-    if spec.kind == "class_codes":
+    if spec.kind == "code_moments":
         facts.append(f"sums of image codes of {len(spec.class_rows or ())} classes; rows drawn: {spec.rows_per_class}")
     elif spec.class_rows:
         where = "whole rows" if spec.class_code_rank is None else f"{spec.class_code_rank} public directions"

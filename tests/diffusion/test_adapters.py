@@ -49,7 +49,7 @@ def test_a_fresh_adapter_changes_nothing(base, inputs):
     assert torch.equal(answer(inject_adapter(base, SPEC, 3).unet, inputs), answer(base.unet, inputs))
 
 
-def test_only_lora_and_class_codes_train(base):
+def test_only_lora_and_code_moments_train(base):
     names = set(inject_adapter(base, SPEC, 3).trainable)
     assert all(".lora_A." in name or ".lora_B." in name or name == "class_embedding.codes.weight" for name in names)
     assert "class_embedding.codes.weight" in names

@@ -1,7 +1,7 @@
-"""`--adapter class_codes`: one noisy sum over the codes of all images, and class rows drawn from what it says.
+"""`--adapter code_moments`: one noisy sum over the codes of all images, and class rows drawn from what it says.
 
 The sum holds, of each class, the number of its images and the first two moments of their codes: all that there is to
-know of a Gaussian. Everything after the noise is post-processing. Docs: docs/explanation/class-codes.md.
+know of a Gaussian. Everything after the noise is post-processing. Docs: docs/explanation/code-moments.md.
 """
 
 import math
@@ -17,7 +17,7 @@ SMALLEST_CLASS = 0.1  # a class counts as at least this share of an even one: no
 DRAWS = 0  # public: seed of the normals that rows are drawn with
 
 
-class ClassCodes(nn.Module):
+class CodeMoments(nn.Module):
     """The base's class table, whose spare rows are drawn from one Gaussian of codes for each private class.
 
     Row rows[j * C + c] is draw j of class c; all other rows stay as they are. The only parameter that trains is `sums`,
