@@ -28,13 +28,14 @@ def augment(
     turns: torch.Tensor,  # (b,) integers in [0, DIHEDRAL)
     side: int,
     generator: torch.Generator,
+    soften: bool = True,
 ) -> torch.Tensor:
-    """Thicken, turn, shear, bend, shrink and blur at random: (b, 1, side, side) in [-1, 1]."""
+    """Thicken, turn, shear, bend, shrink and, if they may be soft, blur at random: (b, 1, side, side) in [-1, 1]."""
     thick = torch.cat([_thicken(part, generator) for part in (glyphs.float() / 255).tensor_split(8)])
     grid = F.affine_grid(_affine(turns, generator), [len(glyphs), 1, CANVAS, CANVAS], align_corners=False)
     bent = F.grid_sample(thick, grid + _bend(len(glyphs), generator), align_corners=False)
     small = F.interpolate(bent, size=(side, side), mode="area")
-    soft = torch.cat([_soften(part, generator) for part in small.tensor_split(8)])
+    soft = torch.cat([_soften(part, generator) for part in small.tensor_split(8)]) if soften else small
     gain = 0.8 + 0.6 * torch.rand(len(glyphs), 1, 1, 1, generator=generator)
     return 2 * (soft * gain).clamp(0, 1) - 1
 

@@ -14,16 +14,20 @@ from dp_peft_diffusion.diffusion.feature_net import FeatureNet
 from dp_peft_diffusion.errors import UserError
 
 ENCODER = "encoder"  # sub-folder of a base
+CANVAS = 16  # side of the small image that a sketch is made of
+SKETCHED = 0.6  # norm of the sketch in a code, which is a unit vector
 
 
 class CodeEncoder(ModelMixin, ConfigMixin):
     """Images -> codes, and codes -> what the base is told: a row, as if of its class table.
 
-    A code is a unit vector: features of a net that tells public classes apart, in the directions in which they vary
-    most among public images. No layer mixes images: the code of one does not depend on those beside it.
+    A code is a unit vector of two parts. The first says what is shown: the features of a net that tells public classes
+    apart. The second, the sketch, says where it lies: the image at 16x16 pixels. Both are taken in the directions in
+    which they vary most among public images. No layer mixes images: the code of one does not depend on those beside it.
 
     Args:
         code_size: numbers of a code.
+        sketch_size: how many of them are the sketch.
         row_size: width of the class table.
         others: as `FeatureNet` takes them.
     """
@@ -32,6 +36,7 @@ class CodeEncoder(ModelMixin, ConfigMixin):
     def __init__(
         self,
         code_size: int = 64,
+        sketch_size: int = 16,
         row_size: int = 128,
         resolution: int = 32,
         image_channels: int = 1,
@@ -45,12 +50,15 @@ class CodeEncoder(ModelMixin, ConfigMixin):
         self.features = FeatureNet(
             resolution, image_channels, pixel_packing, block_out_channels, layers_per_block, norm_num_groups, trained_on
         )
-        self.principal = nn.Linear(block_out_channels[-1], code_size)
+        self.shown = nn.Linear(block_out_channels[-1], code_size - sketch_size)
+        self.sketch = nn.Linear(image_channels * CANVAS**2, sketch_size)
         self.directions = nn.Linear(code_size, row_size, bias=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Codes (b, code_size), unit vectors, of images (b, c, side, side) in [-1, 1]."""
-        return nn.functional.normalize(self.principal(self.features(images)), dim=1)
+        shown = nn.functional.normalize(self.shown(self.features(images)), dim=1)
+        sketch = nn.functional.normalize(self.sketch(on_canvas(images)), dim=1)
+        return torch.cat([math.sqrt(1 - SKETCHED**2) * shown, SKETCHED * sketch], dim=1)
 
     def rows(self, codes: torch.Tensor) -> torch.Tensor:
         """What the base is told (b, row_size) of codes (b, code_size); nothing at all is zeros."""
@@ -58,20 +66,30 @@ class CodeEncoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def fit(self, images: Sequence[torch.Tensor]) -> None:
-        """Take the directions of codes from PUBLIC images, batches (b, c, side, side) in [-1, 1].
+        """Take the directions of codes from PUBLIC images, batches (b, c, side, side) in [-1, 1]."""
+        fit_principal(self.shown, torch.cat([self.features(batch) for batch in images]))
+        fit_principal(self.sketch, torch.cat([on_canvas(batch) for batch in images]))
 
-        Principal components of the features around their mean, each divided by the square root of its spread: half
-        way between components as large as they are, and all of them equally large.
-        """
-        features = torch.cat([self.features(batch) for batch in images]).double()  # (n, f)
-        mean = features.mean(dim=0)
-        _, spread, principal = torch.linalg.svd(features - mean, full_matrices=False)
-        size = self.config.code_size
-        signs = principal.gather(1, principal.abs().argmax(dim=1, keepdim=True)).sign()
-        spread = spread[:size] / spread[0]
-        weight = (principal * signs)[:size] * spread.clamp(min=1e-3).rsqrt()[:, None]  # (code_size, f)
-        self.principal.weight.copy_(weight)
-        self.principal.bias.copy_(-weight @ mean)
+
+def on_canvas(images: torch.Tensor) -> torch.Tensor:
+    """Images (b, c, side, side) at 16x16 pixels, (b, c * 256)."""
+    return nn.functional.interpolate(images, size=(CANVAS, CANVAS), mode="area").flatten(1)
+
+
+@torch.no_grad()
+def fit_principal(layer: nn.Linear, vectors: torch.Tensor) -> None:
+    """Make `layer` give the leading principal components of `vectors` (n, d), each over the square root of its spread.
+
+    That is half way between components as large as they are, and all of them equally large.
+    """
+    centred = vectors.double() - vectors.double().mean(dim=0)
+    _, spread, principal = torch.linalg.svd(centred, full_matrices=False)
+    size = layer.out_features
+    signs = principal.gather(1, principal.abs().argmax(dim=1, keepdim=True)).sign()
+    spread = spread[:size] / spread[0]
+    weight = (principal * signs)[:size] * spread.clamp(min=1e-3).rsqrt()[:, None]  # (size, d)
+    layer.weight.copy_(weight)
+    layer.bias.copy_(-weight @ vectors.double().mean(dim=0))
 
 
 def load_encoder(folder: Path, name: str) -> CodeEncoder | None:

@@ -14,16 +14,17 @@ class Characters:
     """Every character counts as eight classes: four quarter turns, each also mirrored.
 
     glyphs: (n, 1, CANVAS, CANVAS) uint8. labels: (n,) the character of each, before turns.
-    captions: of each class.
+    captions: of each class. soften: blur half of what is drawn, as if small images had been enlarged.
 
     Raises:
         UserError: no such data set or column, or labels that are no numbers.
     """
 
-    def __init__(self, recipe: PretrainRecipe):
+    def __init__(self, recipe: PretrainRecipe, soften: bool = True):
         rows = open_public(recipe)
         images = [crop_glyph(image, recipe.invert) for image in rows[recipe.image_column]]
         self.glyphs, self.labels = torch.stack(images), class_numbers(rows, str(recipe.label_column))
+        self.soften = soften
         self.recipe, self.num_classes = recipe, DIHEDRAL * (int(self.labels.max()) + 1)
         self.captions = turned_captions(rows, recipe, self.num_classes // DIHEDRAL)
 
@@ -40,7 +41,7 @@ class Characters:
         b = self.recipe.train_batch_size
         picked = torch.randint(len(self.glyphs), (b,), generator=generator)
         turns = torch.randint(DIHEDRAL, (b,), generator=generator)
-        images = augment(self.glyphs[picked], turns, self.recipe.resolution, generator)
+        images = augment(self.glyphs[picked], turns, self.recipe.resolution, generator, self.soften)
         return images, DIHEDRAL * self.labels[picked] + turns
 
     def captions_of(self, ids: torch.Tensor) -> list[str]:

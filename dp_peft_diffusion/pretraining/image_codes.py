@@ -15,15 +15,17 @@ from dp_peft_diffusion.diffusion.image_codes import ENCODER, CodeEncoder
 from dp_peft_diffusion.diffusion.objectives import make_objective
 from dp_peft_diffusion.diffusion.samplers import sample_images
 from dp_peft_diffusion.errors import UserError
-from dp_peft_diffusion.pretraining.autoencoder import open_images
+from dp_peft_diffusion.pretraining.characters import Characters
 from dp_peft_diffusion.pretraining.denoising import denoising_loss
 from dp_peft_diffusion.pretraining.folder import BASE, to_bytes, write_base
+from dp_peft_diffusion.pretraining.images import PublicImages
 from dp_peft_diffusion.pretraining.networks import build_scheduler, build_unet
 from dp_peft_diffusion.privacy.model_files import BUILTIN_BASES
 from dp_peft_diffusion.recipe import PretrainRecipe
 
 CODE_NOISE = 0.25  # per coordinate, where codes have root mean square 1: the net draws well between public codes
 BATCHES_FOR_CODES = 80  # of public images, from which the directions of codes are taken
+SKETCH_SHARE = 4  # one in so many numbers of a code is of the sketch
 PAIRS = 32  # images above what is drawn of their codes, in the grid
 BUILTIN = "builtin:"
 
@@ -38,7 +40,7 @@ class Codes:
 
     def __init__(self, recipe: PretrainRecipe, device: torch.device):
         self.recipe, self.device = recipe, device
-        self.images = open_images(recipe)
+        self.images = Characters(recipe, soften=False) if recipe.characters else PublicImages(recipe)
         self.scheduler = build_scheduler(recipe)
         self.objective = make_objective(self.scheduler)
         unet = self._new_unet()
@@ -114,8 +116,10 @@ def make_encoder(recipe: PretrainRecipe, row_size: int) -> CodeEncoder:
             f"of --features {name!r}. Take as many or fewer."
         )
     shape = {key: value for key, value in net.config.items() if not key.startswith("_")}
-    encoder = CodeEncoder(code_size=recipe.class_code_rank, row_size=row_size, **shape)
+    size = recipe.class_code_rank
+    encoder = CodeEncoder(code_size=size, sketch_size=size // SKETCH_SHARE, row_size=row_size, **shape)
     encoder.features.load_state_dict(net.state_dict())
     encoder.features.requires_grad_(False)
-    encoder.principal.requires_grad_(False)
+    encoder.shown.requires_grad_(False)
+    encoder.sketch.requires_grad_(False)
     return encoder
