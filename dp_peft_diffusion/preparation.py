@@ -120,10 +120,7 @@ def prepare(
         given_up = charged(earlier, count, begun, recipe.data.group_column, run.ledger) if earlier else ()
         promise = promise_of(recipe, mechanism, given_up)
     mechanism = mechanism if promise is None else promise.mechanism
-    num_classes = len(recipe.data.class_names or ()) if recipe.adapter.class_rows else 0
-    noise_of_mean = 0.0 if promise is None else mechanism.noise_stddev / mechanism.expected_batch_size
-    bound = mechanism.max_grad_norm
-    adapter = inject_adapter(base, recipe.adapter, num_classes, recipe.train.seed, bound, noise_of_mean)
+    adapter = make_adapter(recipe, base, mechanism, private=promise is not None)
     task, clipper, more_notes, gamma_source = choose(task, adapter, gamma_given)
     recipe = task.recipe
     check_export(recipe, base, adapter, promise, gamma_source)
@@ -154,6 +151,14 @@ def prepare(
         gamma_source=gamma_source,
         notes=notes + more_notes,
     )
+
+
+def make_adapter(recipe: Recipe, base: BaseModel, mechanism: DPMechanism, private: bool) -> Adapter:
+    """The adapter of a resolved recipe, untrained. It may reckon with the noise that it will get; without privacy, none."""
+    num_classes = len(recipe.data.class_names or ()) if recipe.adapter.class_rows else 0
+    noise_of_mean = mechanism.noise_stddev / mechanism.expected_batch_size if private else 0.0
+    bound = mechanism.max_grad_norm
+    return inject_adapter(base, recipe.adapter, num_classes, recipe.train.seed, bound, noise_of_mean)
 
 
 def choose(

@@ -17,7 +17,7 @@ from dp_peft_diffusion.gradients.clipper import PerSampleClipper
 from dp_peft_diffusion.gradients.functional import Clip, loop_clipped_sum
 from dp_peft_diffusion.recipe import ADAPTER_KINDS, Adapter
 
-INJECTED = [kind for kind in ADAPTER_KINDS if kind not in ("class_rows", "full")]
+INJECTED = [kind for kind in ADAPTER_KINDS if kind not in ("class_rows", "code_moments", "full")]
 VMAP = ("dora", "ia3", "lokr", "oft", "vera")
 FAMILIES = ("classes", "text")
 TRAINS = {  # parts of names of parameters that train, each of which must occur
