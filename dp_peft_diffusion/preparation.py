@@ -154,7 +154,7 @@ def prepare(
 
 
 def make_adapter(recipe: Recipe, base: BaseModel, mechanism: DPMechanism, private: bool) -> Adapter:
-    """The adapter of a resolved recipe, untrained. It may reckon with the noise that it will get; without privacy, none."""
+    """The adapter of a resolved recipe, untrained. It may reckon with the noise to come; without privacy, none."""
     num_classes = len(recipe.data.class_names or ()) if recipe.adapter.class_rows else 0
     noise_of_mean = mechanism.noise_stddev / mechanism.expected_batch_size if private else 0.0
     bound = mechanism.max_grad_norm

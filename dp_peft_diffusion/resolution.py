@@ -35,6 +35,8 @@ def resolve(recipe: Recipe, base: BaseModel, class_names: tuple[str, ...] | None
     check_fit(recipe, base)
     notes: tuple[str, ...] = ()
     data, adapter, train = recipe.data, recipe.adapter, recipe.train
+    if adapter.kind == "code_moments":
+        adapter = dataclasses.replace(adapter, rows_per_class=choose_rows_per_class(recipe, base, class_names))
     labelled, told = class_names is not None, base.text is not None or base.num_class_embeds is not None
     if labelled and not told:
         notes += ("the base is unconditional: labels are ignored",)
@@ -55,8 +57,6 @@ def resolve(recipe: Recipe, base: BaseModel, class_names: tuple[str, ...] | None
         if base.text is None:
             rows = choose_class_rows(base, adapter.class_rows, len(class_names))
             adapter = dataclasses.replace(adapter, class_rows=rows)
-    if adapter.kind == "code_moments":
-        adapter = dataclasses.replace(adapter, rows_per_class=choose_rows_per_class(recipe, base, class_names))
     has_null = base.text is not None or (data.class_names is not None and base.layout.null_class is not None)
     if train.label_dropout and not has_null:
         train = dataclasses.replace(train, label_dropout=0.0)
@@ -97,6 +97,11 @@ def choose_rows_per_class(recipe: Recipe, base: BaseModel, class_names: tuple[st
     if recipe.adapter.class_rows not in (None, tuple(range(first, first + len(class_names)))):
         raise UserError("--adapter code_moments takes all spare class rows. Leave --class_rows out.")
     spare, wanted = (end - first) // len(class_names), recipe.adapter.rows_per_class
+    if not spare:
+        raise UserError(
+            f"base {base.name!r} has {end - first} spare class rows, fewer than the {len(class_names)} classes. Make a "
+            "base with more of them: dp-peft pretrain --kind codes --spare_classes N."
+        )
     if wanted is not None and wanted > spare:
         raise UserError(
             f"--rows_per_class {wanted}: base {base.name!r} has {end - first} spare class rows, {spare} for each of "

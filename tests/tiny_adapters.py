@@ -8,13 +8,19 @@ from dp_peft_diffusion.diffusion.adapters import inject_adapter
 from dp_peft_diffusion.diffusion.base_model import load_base
 from dp_peft_diffusion.privacy import certificate
 from dp_peft_diffusion.privacy.promise import Promise
-from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, Recipe, Sample, to_yaml
+from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, Recipe, Sample, Train, to_yaml
 from dp_peft_diffusion.sharing.export import certify, write_weights
 from tests.privacy.folders import promise
 
 NAMES = ("cat", "dog")
 SAMPLE = Sample(num_inference_steps=2, guidance_scale=2.0)
 LORA = Adapter(rank=2, target_modules=("to_q",))
+ONE_SUM = {  # what code_moments trains with
+    "privacy": Privacy(epsilon=1.0, clipping="flat"),
+    "train": Train(
+        optimizer="sgd", learning_rate=1.0, max_train_steps=1, noise_multiplicity=1, label_dropout=0.0, ema_decay=0.0
+    ),
+}
 
 
 def shared(
@@ -40,7 +46,8 @@ def shared(
     folder.mkdir(parents=True)
     write_weights(base, trained, folder)
     model = Model(pretrained_model_name_or_path=base_name or f"builtin:{base_folder.name}")
-    recipe = Recipe(model=model, data=data, adapter=adapter, privacy=Privacy(epsilon=1.0, gamma=0.01), sample=sample)
+    by = ONE_SUM if adapter.kind == "code_moments" else {"privacy": Privacy(epsilon=1.0, gamma=0.01)}
+    recipe = Recipe(model=model, data=data, adapter=adapter, sample=sample, **by)
     (folder / "recipe.yaml").write_text(to_yaml(recipe))
     if certified:
         certificate.write(folder, certify(folder, recipe, base, promised or promise(), "given", "os", "deleted"))

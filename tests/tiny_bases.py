@@ -19,7 +19,10 @@ from diffusers import (
     UNet2DModel,
     VQModel,
 )
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from dp_peft_diffusion.diffusion.image_codes import ENCODER, CodeEncoder
 
 TOKENS, TEXT = 12, 8  # length and width of a prompt
 # Byte-level BPE of lower-case letters and digits: each alone, and at the end of a word.
@@ -143,6 +146,34 @@ def pixel_classes(folder: Path) -> Path:
     return folder
 
 
+def tiny_encoder(**config: object) -> CodeEncoder:
+    """Codes of 4 numbers of grey 16x16 images, in the directions in which made-up ones vary most."""
+    torch.manual_seed(4)
+    shape = dict(code_size=4, row_size=32, resolution=16, block_out_channels=(8,), layers_per_block=1)
+    encoder = CodeEncoder(**{**shape, "norm_num_groups": 2, **config})
+    encoder.fit([public_images(64, encoder.config.image_channels, encoder.config.resolution)])
+    return encoder.requires_grad_(False).eval()
+
+
+def public_images(n: int, channels: int = 1, side: int = 16, seed: int = 0) -> torch.Tensor:
+    """Images (n, channels, side, side) in [-1, 1]: each a grey level, a slope and noise of its own."""
+    draw = torch.Generator().manual_seed(seed)
+    level, slope, noise = (torch.rand(n, channels, 1, 1, generator=draw) for _ in range(3))
+    pixels = torch.randn(n, channels, side, side, generator=draw) * noise
+    return (2 * level - 1 + (2 * slope - 1) * torch.linspace(-1, 1, side) + pixels).clamp(-1, 1)
+
+
+def pixel_codes(folder: Path) -> Path:
+    """As builtin:handwriting_codes: grey pixels, packed, told codes; a null row and 30 spare rows, all zeros."""
+    unet = tiny_unet2d(4, 31)
+    nn.init.zeros_(unet.class_embedding.weight)
+    schedule = DDPMScheduler(prediction_type="v_prediction")
+    write(folder, unet=unet, scheduler=schedule, **{ENCODER: tiny_encoder()})
+    layout = {"pixel_packing": 2, "null_class": 0, "spare_classes": [1, 31], "class_code_rank": 4}
+    (folder / "dp_peft_base.json").write_text(json.dumps(layout))
+    return folder
+
+
 def edm(folder: Path) -> Path:
     """Colour pixels, 10 spare class rows and a null row, EDM's preconditioning."""
     write(folder, unet=tiny_unet2d(3, 11, side=16), scheduler=EDMEulerScheduler(sigma_data=0.5))
@@ -210,6 +241,7 @@ BASES: dict[str, Callable[[Path], Path]] = {
     for each in (
         pixel,
         pixel_classes,
+        pixel_codes,
         edm,
         latent,
         latent_vq,

@@ -19,7 +19,7 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 # used here in full precision. An asterisk stands for slashes too.
 _WEIGHTS = (MODEL_WEIGHTS, "diffusion_pytorch_model-*-of-*.safetensors")
 _FILES = ["*.json", "tokenizer/merges.txt", "tokenizer_2/merges.txt", *_WEIGHTS]
-_FILES += [f"{part}/{name}" for part in ("unet", "vae", "vqvae") for name in _WEIGHTS]
+_FILES += [f"{part}/{name}" for part in ("unet", "vae", "vqvae", "encoder") for name in _WEIGHTS]
 _FILES += [f"text_encoder{which}/model{shard}.safetensors" for which in ("", "_2") for shard in ("", "-*-of-*")]
 
 

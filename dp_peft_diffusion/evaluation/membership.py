@@ -91,6 +91,8 @@ def membership_scores(
     loaded, (recipe, *_) = open_model([folder], [1.0], base)
     fixed = replace(recipe.train, noise_multiplicity=DRAWS, augmentation_multiplicity=1, label_dropout=0.0)
     recipe = replace(recipe, train=fixed, data=replace(recipe.data, augmentations=None))
+    if recipe.adapter.kind == "code_moments":  # its sums stay where it trained; here its rows are class rows
+        recipe = replace(recipe, adapter=replace(recipe.adapter, kind="class_rows"))
     task = make_task(recipe, loaded.to(device))
     rng, chosen = np.random.default_rng(seed), []
     for images, labels in (members, held_out):

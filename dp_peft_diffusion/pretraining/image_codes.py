@@ -79,7 +79,8 @@ class Codes:
         base = load_base(str(output_dir / BASE)).to(self.device)
         assert base.codes is not None  # as it was written
         base.unet.class_embedding = nn.Identity()  # it is told rows that are in no table
-        images = self.images.draw(torch.Generator().manual_seed(0))[0][:PAIRS].to(self.device)
+        generator, batches = torch.Generator().manual_seed(0), -(-PAIRS // self.recipe.train_batch_size)
+        images = torch.cat([self.images.draw(generator)[0] for _ in range(batches)])[:PAIRS].to(self.device)
         with torch.no_grad():
             told = {"class_labels": base.codes.rows(base.codes(images))}
         drawn = sample_images(base, told, num_images=len(images), seed=0, scheduler="fidelity", device=self.device)

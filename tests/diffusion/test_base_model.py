@@ -56,7 +56,8 @@ def images_for(base, n=3):
 
 
 def parts_of(base):
-    return [part for part in (base.unet, base.vae, *(base.text.encoders if base.text else ())) if part is not None]
+    parts = (base.unet, base.vae, base.codes, *(base.text.encoders if base.text else ()))
+    return [part for part in parts if part is not None]
 
 
 @pytest.mark.parametrize("family", BASES)
@@ -138,7 +139,7 @@ def test_the_schedule_is_that_of_the_bases_own_scheduler(bases, folders, family)
         assert schedule.config.sigma_data == stock.config.sigma_data
     else:
         assert type(schedule) is DDPMScheduler and torch.equal(schedule.alphas_cumprod, stock.alphas_cumprod)
-        assert schedule.config.clip_sample == (family in ("pixel", "pixel_classes"))
+        assert schedule.config.clip_sample == family.startswith("pixel")
 
 
 def test_a_faster_sampler_of_edm_is_read_as_edm(copied):
@@ -307,7 +308,7 @@ def test_what_is_fetched_from_the_hub_is_all_that_a_base_needs_and_no_half_preci
         return str(target)
 
     monkeypatch.setattr(base_folder, "snapshot_download", fetch)
-    for family in ("pixel_classes", "latent_vq", "stable_diffusion_xl"):
+    for family in ("pixel_codes", "latent_vq", "stable_diffusion_xl"):
         base = load_base(f"somebody/{family}", "main")
         assert base.name == f"somebody/{family}" and base.digest == load_base(str(folders[family])).digest
 

@@ -191,6 +191,7 @@ WITH_ROWS = dataclasses.replace(TOLD_APART, class_rows=(10, 11), class_code_rank
 PETS = Data(class_names=("cat", "dog"))
 FOLDERS = {  # base: adapter, data, channels, row of the class table of "no class"
     "pixel_classes": (WITH_ROWS, PETS, 1, 9),
+    "pixel_codes": (Adapter(kind="code_moments", class_rows=(1, 2), rows_per_class=3), PETS, 1, 0),
     "latent": (dataclasses.replace(TOLD_APART, class_rows=(4, 5)), PETS, 3, 3),
     "stable_diffusion_2": (TOLD_APART, Data(caption_column="text"), 3, None),
 }

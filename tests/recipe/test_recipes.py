@@ -44,13 +44,14 @@ STAND_INS = {
     "dpdm-fmnist": "edm",
     "dpdm-mnist": "edm",
     "mnist": "pixel_classes",
+    "mnist-codes": "pixel_codes",
     "sd15-lora": "stable_diffusion_1",
     "sdxl-lora": "stable_diffusion_xl",
 }
 OWN_BASE = ("digits-captions",)  # the layer that it trains is in no tiny base, and its own is small
 # One of each family trains in every run of the tests; the others differ from one of these in numbers only.
 TRAINED = ("bitfit-cifar10", "dp-finetune-cifar10", "dp-lora-celeba64", "dp-lora-cifar10", "dpdm-mnist", "mnist")
-TRAINED += ("sd15-lora", "sdxl-lora")
+TRAINED += ("mnist-codes", "sd15-lora", "sdxl-lora")
 SMALLER = "--train_batch_size 4 --max_train_steps 1 --lr_warmup_steps 0 --micro_batch_size 2 --skip_self_check"
 SMALLER += " --no_record_spending --sample_num_images 2 --sample_num_inference_steps 1"
 
