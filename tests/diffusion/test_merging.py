@@ -27,7 +27,7 @@ from dp_peft_diffusion.diffusion.merging import attach_adapters, change_of, merg
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.recipe import ADAPTER_KINDS, Adapter, Data
 
-KINDS = [kind for kind in ADAPTER_KINDS if kind != "full"]
+KINDS = [kind for kind in ADAPTER_KINDS if kind not in ("full", "code_moments")]  # which needs another base
 UNLABELLED = Data(label_column=None, prompt_template="a cat")
 PIPELINES = {
     "pixel": DDPMPipeline,

@@ -34,7 +34,7 @@ def trained(base, spec, size=0.1):
     torch.manual_seed(0)
     for parameter in adapter.trainable.values():
         parameter.data += size * torch.randn_like(parameter)
-    rows = adapter.class_rows.rows.tolist() if labelled else None
+    rows = adapter.class_rows.rows.tolist()[: len(CLASSES)] if labelled else None
     return adapter, condition_table(base, rows, CLASSES, "{label}")
 
 

@@ -31,6 +31,7 @@ TEXT = ("stable_diffusion_1", "stable_diffusion_2", "stable_diffusion_xl")
 PAIRS = [(family, kind) for family in BASES for kind in ADAPTER_KINDS]
 FAST = {("pixel", "vera"), ("edm", "attention"), ("latent_vq", "oft"), ("stable_diffusion_xl", "dora")}
 FAST |= {("pixel_classes", kind) for kind in ("lora_conv", "bitfit", "norm", "class_rows", "full")}
+FAST |= {("pixel_codes", "code_moments")}
 FAST |= {("latent", kind) for kind in ("ia3", "lokr")}
 
 
@@ -61,8 +62,10 @@ def adapter_folder(made, tmp_path):
     ("family", "kind"), [pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.slow) for pair in PAIRS]
 )
 def test_every_kind_on_every_family_comes_back_from_stock_tools(here, bases, tmp_path, family, kind):
-    text, labelled = family in TEXT, family in ("pixel_classes", "edm", "latent")
+    text, labelled = family in TEXT, family in ("pixel_classes", "pixel_codes", "edm", "latent")
     if (kind == "full" and text) or (kind == "class_rows" and not labelled):
+        pytest.skip("there is no such adapter: the test of adapters shows the refusal")
+    if kind == "code_moments" and family != "pixel_codes":
         pytest.skip("there is no such adapter: the test of adapters shows the refusal")
     base, adapter, conditions, folder = exported(bases, family, tmp_path / "run", kind)
     found = check_reload(base, adapter, conditions, folder, DOCUMENT)
@@ -156,6 +159,19 @@ def test_no_row_of_a_large_class_table_comes_back_otherwise(here, many_rows, tmp
     tensors[name].movedim(-1 if tensor.endswith("_A") else 0, 0)[row] += 0.01
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(RunError, match=f"row {row} of the class table .* differs from the trained by"):
+        check_reload(base, adapter, conditions, folder, None)
+
+
+def test_no_row_of_a_later_draw_comes_back_otherwise(here, bases, tmp_path):
+    base, adapter, conditions, folder = exported(
+        bases, "pixel_codes", tmp_path / "run", "code_moments", rows_per_class=3
+    )
+    assert made_up_inputs(base, conditions)["told.class_labels"].max() == 2, "its outputs would tell"
+    assert check_reload(base, adapter, conditions, folder, None).difference < 1e-6
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors["base_model.model.class_embedding.lora_embedding_A"][:, 6] += 0.01
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(RunError, match="row 6 of the class table .* differs from the trained by"):
         check_reload(base, adapter, conditions, folder, None)
 
 
