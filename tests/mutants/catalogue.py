@@ -1,6 +1,6 @@
 """The planted bugs. Each names its row of the failures in docs/explanation/trust.md, and the check that sees it."""
 
-from mutants import bookkeeping, encodings, instruments, second_release, whole_runs
+from mutants import bookkeeping, code_sums, encodings, instruments, second_release, whole_runs
 from mutants.planted import mutant
 
 FIRST_ROWS = (  # who takes part, what is summed: rows 1 to 9
@@ -522,7 +522,32 @@ SECOND_RELEASE = (  # the classifier that is trained directly: the same failures
     ),
 )  # fmt: skip
 
-MUTANTS = (*FIRST_ROWS, *MIDDLE_ROWS, *LAST_ROWS, *SECOND_RELEASE)
+CODE_SUMS = (  # one sum of statistics, in place of steps
+    mutant(
+        "a null record is summed with its class", 4, code_sums.code_sums, "batches:code_losses",
+        ' * batch["weights"]', "",
+    ),
+    mutant(
+        "codes are centred in their batch", 9, code_sums.code_sums, "diffusion.image_codes:CodeEncoder.forward",
+        "self.principal(self.features(images))",
+        "(lambda x: x - x.mean(dim=0) / 10)(self.principal(self.features(images)))",
+    ),
+    mutant(
+        "rows reckon without the noise of their sums", 10, code_sums.code_sums, "preparation:make_adapter",
+        "if private else 0.0", "if not private else 0.0",
+    ),
+    mutant(
+        "products of a code with itself count twice", 20, code_sums.code_sums, "diffusion.code_moments:statistics",
+        "1.0, math.sqrt(2)", "1.0, 2.0",
+    ),
+    mutant(
+        "rows are the codes of private images", 23, code_sums.code_sums, "batches:code_losses",
+        "losses = table.losses(",
+        'table._drawn = table.sums.weight.detach().clone(), batch["codes"][:, 0]\n    losses = table.losses(',
+    ),
+)  # fmt: skip
+
+MUTANTS = (*FIRST_ROWS, *MIDDLE_ROWS, *LAST_ROWS, *SECOND_RELEASE, *CODE_SUMS)
 CHECKS = (
     instruments.replay,
     instruments.noise,
@@ -547,4 +572,5 @@ CHECKS = (
     encodings.encodings,
     second_release.second_release,
     second_release.second_prices,
+    code_sums.code_sums,
 )

@@ -6,8 +6,9 @@ import os
 import pytest
 
 from dp_peft_diffusion.errors import PrivacyError, UserError
-from dp_peft_diffusion.privacy.adapter_recipe import check_rows, read_recipe, stated_base
+from dp_peft_diffusion.privacy.adapter_recipe import MAX_ROWS, check_rows, read_recipe, stated_base
 from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, Recipe, Sample, to_yaml
+from tests.tiny_adapters import ONE_SUM
 
 RECIPE = Recipe(privacy=Privacy(epsilon=1.0))
 
@@ -47,6 +48,29 @@ def test_rows_that_are_not_one_for_each_class_are_refused(tmp_path, rows):
 def test_a_recipe_cannot_keep_the_machine_busy_for_ever(tmp_path):
     with pytest.raises(UserError, match="asks for 1000000000 denoising steps"):
         read_recipe(written(tmp_path, dataclasses.replace(RECIPE, sample=Sample(num_inference_steps=10**9))))
+
+
+def with_rows(names, first, each):
+    """Of `code_moments`: rows for each class, beginning with `first`."""
+    spec = Adapter(kind="code_moments", class_rows=tuple(range(first, first + len(names))), rows_per_class=each)
+    return Recipe(data=Data(class_names=names), adapter=spec, **ONE_SUM)
+
+
+def test_a_recipe_cannot_fill_the_memory_with_rows_of_a_class_table(tmp_path):
+    names = tuple(f"{i}" for i in range(10))
+    fits = with_rows(names, 1, MAX_ROWS // 10)
+    assert len(read_recipe(written(tmp_path, fits)).adapter.rows_in_turn) == MAX_ROWS
+    with pytest.raises(PrivacyError, match="asks for more than 1000000 rows of the class table"):
+        read_recipe(written(tmp_path, with_rows((*names, "10"), 1, MAX_ROWS // 10)))
+
+
+def test_two_adapters_do_not_share_a_row_of_a_later_draw_either(tmp_path):
+    folders = [tmp_path / name for name in "ab"]
+    cats = with_rows(("cat", "dog"), 1, 3)  # rows 1 to 6: 5 is a cat's
+    check_rows(folders, [cats, with_rows(("cat", "dog"), 7, 3)])
+    check_rows(folders, [cats, with_rows(("cat", "dog"), 1, 9)])
+    with pytest.raises(UserError, match="both moved row 5 of the class table, for 'cat' and for 'cow'"):
+        check_rows(folders, [cats, with_classes(("cow",), (5,))])
 
 
 @pytest.mark.parametrize(
