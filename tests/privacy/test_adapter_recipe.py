@@ -4,11 +4,11 @@ import dataclasses
 import os
 
 import pytest
+from tiny_adapters import ONE_SUM
 
 from dp_peft_diffusion.errors import PrivacyError, UserError
 from dp_peft_diffusion.privacy.adapter_recipe import MAX_ROWS, check_rows, read_recipe, stated_base
 from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, Recipe, Sample, to_yaml
-from tests.tiny_adapters import ONE_SUM
 
 RECIPE = Recipe(privacy=Privacy(epsilon=1.0))
 

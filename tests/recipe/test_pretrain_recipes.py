@@ -9,7 +9,8 @@ from diffusers.models.attention_processor import Attention
 from PIL import Image
 
 from dp_peft_diffusion.diffusion.base_model import load_base
-from dp_peft_diffusion.pretraining import codes, folder, pretrain
+from dp_peft_diffusion.diffusion.feature_net import FeatureNet
+from dp_peft_diffusion.pretraining import codes, folder, image_codes, pretrain
 from dp_peft_diffusion.pretraining.characters import TURNS
 from dp_peft_diffusion.pretraining.networks import (
     build_autoencoder,
@@ -43,7 +44,7 @@ OMNIGLOT = {
     "Sanskrit": 42, "Tagalog": 17,
 }  # fmt: skip
 OF_A_FILE = {"_name_or_path": None, "_diffusers_version": None}  # says nothing of the net
-NAMES = sorted([*AUTOENCODERS, *UNETS, "handwriting-captions", "handwriting-features"])
+NAMES = sorted([*AUTOENCODERS, *UNETS, "handwriting-captions", "handwriting-codes", "handwriting-features"])
 
 
 def shipped(name, **changes):
@@ -155,7 +156,7 @@ def images(tmp_path):
 def stand_in(name, images, **changes):
     """The recipe with narrow levels on tiny images, for one update."""
     recipe = shipped(name)
-    widths = tuple(8 * width // recipe.block_out_channels[0] for width in recipe.block_out_channels)
+    widths = tuple(2 * width // recipe.block_out_channels[0] * 4 for width in recipe.block_out_channels)
     return dataclasses.replace(
         recipe, dataset_name=images, resolution=16, block_out_channels=widths, layers_per_block=1, norm_num_groups=4,
         attention_head_dim=8, train_batch_size=2, max_train_steps=1, **changes,
@@ -163,16 +164,28 @@ def stand_in(name, images, **changes):
 
 
 @pytest.mark.parametrize(
-    "name", ["handwriting", "handwriting-captions", "imagenet32-pixel", "emnist-letters", "imagenet32", "imagenet64"]
-)
+    "name",
+    [
+        "handwriting", "handwriting-captions", "handwriting-codes", "imagenet32-pixel", "emnist-letters", "imagenet32",
+        "imagenet64",
+    ],
+)  # fmt: skip
 def test_one_update_of_a_tiny_stand_in_makes_a_base(name, images, tmp_path, monkeypatch):
     monkeypatch.setattr(codes, "IMAGES_FOR_CODES", 64)
-    monkeypatch.setattr(folder, "sample_images", lambda *_, num_images, **__: torch.zeros(num_images, 1, 16, 16).byte())
+    monkeypatch.setattr(image_codes, "BATCHES_FOR_CODES", 4)
+    for module in (folder, image_codes):
+        monkeypatch.setattr(
+            module, "sample_images", lambda *_, num_images, **__: torch.zeros(num_images, 1, 16, 16).byte()
+        )
     changes = {"class_code_rank": 4} if name.startswith("handwriting") else {}
     if shipped(name).vae is not None:  # its autoencoder first, in the folder that the recipe names
         monkeypatch.chdir(tmp_path)
         pretrain(stand_in(f"{name}-vae", images), tmp_path / "runs" / f"{name}-vae")
+    if shipped(name).features is not None:  # its feature net first, of smaller images
+        FeatureNet(resolution=16, block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "features")
+        changes["features"] = str(tmp_path / "features")
     base = load_base(str(pretrain(stand_in(name, images, **changes), tmp_path / "out")))
     assert base.resolution == 16 and base.is_latent == (shipped(name).vae is not None)
     assert (base.num_class_embeds is None) == (name in ("imagenet64", "handwriting-captions"))
-    assert base.image_channels == (1 if name in ("handwriting", "handwriting-captions", "emnist-letters") else 3)
+    grey = ("handwriting", "handwriting-captions", "handwriting-codes", "emnist-letters")
+    assert base.image_channels == (1 if name in grey else 3) and (base.codes is None) == (name != "handwriting-codes")

@@ -78,6 +78,18 @@ def test_the_features_stay_and_directions_and_unet_learn(recipe, place, tmp_path
     assert len(moved) > 0.9 * len(unet)
 
 
+def test_the_averaged_weights_are_those_that_are_written(recipe, tmp_path):
+    task = Codes(recipe, torch.device("cpu"))
+    averaged = {name: value + 0.01 for name, value in task.trained.state_dict().items()}
+    task.export(averaged, tmp_path)
+    unet, encoder = load_file(tmp_path / "base" / UNET), load_file(tmp_path / "base" / CODES)
+    table = unet.pop("class_embedding.weight")
+    assert {f"unet.{name}" for name in unet} | {f"encoder.{name}" for name in encoder} == set(averaged)
+    assert all(torch.equal(value, averaged[f"unet.{name}"]) for name, value in unet.items())
+    assert all(torch.equal(value, averaged[f"encoder.{name}"]) for name, value in encoder.items())
+    assert table.shape[0] == 8 and not table.any()
+
+
 def test_the_directions_of_codes_are_those_of_many_public_images(recipe, monkeypatch):
     monkeypatch.setattr(image_codes, "BATCHES_FOR_CODES", 3)
     task = Codes(recipe, torch.device("cpu"))
