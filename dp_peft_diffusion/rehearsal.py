@@ -132,7 +132,9 @@ def check_clipper(task: Task, clipper: PerSampleClipper) -> None:
     Raises:
         UserError: what `check_gradients` refuses.
     """
-    train = dataclasses.replace(task.recipe.train, noise_multiplicity=2, augmentation_multiplicity=1, label_dropout=0.0)
+    views = task.recipe.train.augmentation_multiplicity if task.recipe.adapter.kind == "code_moments" else 1
+    train = task.recipe.train
+    train = dataclasses.replace(train, noise_multiplicity=2, augmentation_multiplicity=views, label_dropout=0.0)
     batch = made_up_batch(dataclasses.replace(task, recipe=dataclasses.replace(task.recipe, train=train)), 2)
     check_gradients(clipper, make_loss(task), batch)  # sharp: in bfloat16, rounding would hide small tensors
     if train.mixed_precision == "bf16":
@@ -184,5 +186,7 @@ def measure_micro_batch(task: Task, clipper: PerSampleClipper) -> tuple[float, i
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         run(loss_fn, batch)
     started = time.monotonic()
+    if task.recipe.adapter.kind == "code_moments":  # whose codes are made with the batch
+        batch = made_up_batch(task, task.recipe.train.micro_batch_size)
     clipper.clipped_sum_of(loss_fn, batch)
     return time.monotonic() - started, sum(kept.values())

@@ -5,8 +5,9 @@ import dataclasses
 from dp_peft_diffusion.diffusion.base_model import BaseModel
 from dp_peft_diffusion.diffusion.class_rows import choose_class_rows
 from dp_peft_diffusion.errors import UserError
+from dp_peft_diffusion.privacy.adapter_recipe import MAX_ROWS
 from dp_peft_diffusion.privacy.mechanism import DPMechanism
-from dp_peft_diffusion.recipe import PATH_TO_BASE, PATH_TO_IMAGES, Model, Recipe, to_yaml
+from dp_peft_diffusion.recipe import MAX_ROWS_PER_CLASS, PATH_TO_BASE, PATH_TO_IMAGES, Model, Recipe, to_yaml
 
 
 def check_given(recipe: Recipe) -> None:
@@ -107,7 +108,7 @@ def choose_rows_per_class(recipe: Recipe, base: BaseModel, class_names: tuple[st
             f"--rows_per_class {wanted}: base {base.name!r} has {end - first} spare class rows, {spare} for each of "
             f"{len(class_names)} classes. Take {spare} or fewer."
         )
-    return wanted or spare
+    return wanted or min(spare, MAX_ROWS_PER_CLASS, MAX_ROWS // len(class_names))
 
 
 def make_mechanism(recipe: Recipe, num_examples: int) -> DPMechanism:
@@ -117,6 +118,11 @@ def make_mechanism(recipe: Recipe, num_examples: int) -> DPMechanism:
     if public and batch > num_examples:
         raise UserError(
             f"--train_batch_size {batch} is more than the {num_examples} images. Try {num_examples} or less."
+        )
+    if public and batch < num_examples and recipe.adapter.kind == "code_moments":
+        raise UserError(
+            f"--train_batch_size {batch}: --adapter code_moments takes one sum, and over all images it has the least "
+            f"noise for its epsilon. Type --train_batch_size {num_examples}."
         )
     return DPMechanism(
         sampling_prob=batch / num_examples if privacy.sampling_prob is None else privacy.sampling_prob,

@@ -109,14 +109,15 @@ def statistics(codes: Tensor, weights: tuple[float, ...]) -> Tensor:
 def gaussians_of(sums: Tensor, weights: tuple[float, ...], noise_of_mean: float) -> tuple[Tensor, Tensor]:
     """Means (C, d) and covariances (C, d, d), positive definite, of what noisy `sums` (C, 1 + d + d (d + 1) / 2) say.
 
-    The noise of a covariance is known. It decides how far covariances shrink towards the one of all classes pooled
-    (James and Stein 1961, their positive part), and below which value no eigenvalue is believed.
+    The noise of a second moment is known. It decides how far covariances shrink towards the one of all classes pooled, in
+    the manner of James and Stein (1961), and below which value no eigenvalue is believed.
     """
     num_classes, size = sums.shape
     d = (math.isqrt(8 * size + 1) - 3) // 2
     of_count, of_first, of_second = weights
     share = (sums[:, 0] / of_count).clamp(min=SMALLEST_CLASS / num_classes)  # (C,)
     mean = sums[:, 1 : 1 + d] / (of_first * share[:, None])
+    mean = mean / mean.norm(dim=1, keepdim=True).clamp(min=1)  # of unit vectors
     i, j = torch.triu_indices(d, d)
     upper = sums[:, 1 + d :] / of_second / torch.where(i == j, 1.0, math.sqrt(2))
     second = torch.zeros(num_classes, d, d, dtype=sums.dtype)
@@ -129,17 +130,17 @@ def gaussians_of(sums: Tensor, weights: tuple[float, ...], noise_of_mean: float)
     kept = (1 - noise.square() * d * (d + 1) / 2 / apart.clamp(min=1e-12)).clamp(min=0)  # (C,)
     covariance = pooled + kept[:, None, None] * (covariance - pooled)
     noise = torch.hypot(kept * noise, pooled_noise.expand(num_classes))
-    return mean, at_least(covariance, 1e-4 + noise * math.sqrt(d) / 2)
+    return mean, believable(covariance, 1e-4 + noise * math.sqrt(d) / 2)
 
 
-def at_least(covariance: Tensor, floor: Tensor) -> Tensor:
-    """(C, d, d) with eigenvalues raised to at least floor (C,)."""
+def believable(covariance: Tensor, floor: Tensor) -> Tensor:
+    """(C, d, d) with eigenvalues raised to at least floor (C,), and to at most 1, the trace of a unit vector's."""
     values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * torch.maximum(values, floor[:, None])[:, None, :]) @ vectors.mT
+    return (vectors * torch.maximum(values, floor[:, None]).clamp(max=1)[:, None, :]) @ vectors.mT
 
 
 def draw(mean: Tensor, covariance: Tensor, count: int) -> Tensor:
-    """Unit codes (C, count, d) drawn from Gaussians, with draws left out that another class would rather claim."""
+    """Unit codes (C, count, d) drawn from Gaussians; draws that may be of another class are taken last."""
     num_classes, d = mean.shape
     generator = torch.Generator().manual_seed(DRAWS)
     normal = torch.randn(num_classes, POOL * count, d, generator=generator, dtype=torch.float64)
@@ -148,7 +149,7 @@ def draw(mean: Tensor, covariance: Tensor, count: int) -> Tensor:
     drawn = nn.functional.normalize(mean[:, None, :] + normal @ root, dim=2)  # (C, pool, d)
     posterior = log_densities(drawn.flatten(0, 1), mean, covariance).softmax(dim=1).view(num_classes, -1, num_classes)
     own = posterior[torch.arange(num_classes), :, torch.arange(num_classes)]  # (C, pool)
-    order = (own <= ACCEPTED).int().argsort(dim=1, stable=True)[:, :count]  # those accepted first
+    order = own.clamp(max=ACCEPTED).argsort(dim=1, descending=True, stable=True)[:, :count]
     return drawn.gather(1, order[:, :, None].expand(-1, -1, d))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,9 @@ def class_rows(recipes: Sequence[Recipe], names: Sequence[str]) -> tuple[int, ..
         rows, count = recipe.adapter.rows_in_turn, len(recipe.adapter.class_rows or ())
         for place, name in enumerate((recipe.data.class_names or ())[:count]):
             known.setdefault(name, rows[place::count])
-    turns = max((len(known[name]) for name in names), default=1)
-    return tuple(known[name][turn % len(known[name])] for turn in range(turns) for name in names)
+    most = max((len(known[name]) for name in names), default=1)
+    turns = {name: cycle(known[name]) for name in names}
+    return tuple(next(turns[name]) for _ in range(most) for name in names)
 
 
 def choose_labels(

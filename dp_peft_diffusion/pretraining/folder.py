@@ -85,6 +85,8 @@ def write_readme(folder: Path, recipe: PretrainRecipe) -> None:
         net = "a StableDiffusionPipeline" if recipe.kind == "captions" else "a UNet"
         what, given = f"{net} that draws {size}", f"--dataset_name {PATH_TO_IMAGES} --epsilon 1"
         follow = f"dp-peft train --pretrained_model_name_or_path THIS_FOLDER {given}"
+        if recipe.kind == "codes":
+            follow = follow.replace("train", "train --recipe mnist-codes --train_batch_size NUMBER_OF_IMAGES", 1)
     (folder / "README.md").write_text(README.format(images=images, what=what, next=follow))
 
 

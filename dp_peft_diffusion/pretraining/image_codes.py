@@ -111,14 +111,15 @@ def make_encoder(recipe: PretrainRecipe, row_size: int) -> CodeEncoder:
     of_net = {key: net.config[key] for key in ("resolution", "image_channels")}
     if of_net != (wanted := {key: getattr(recipe, key) for key in of_net}):
         raise UserError(f"--features {name!r} takes images of {of_net}, and the recipe says {wanted}. Make them agree.")
-    if recipe.class_code_rank > net.config.block_out_channels[-1]:
+    size, features = recipe.class_code_rank, net.config.block_out_channels[-1]
+    sketch_size = size // SKETCH_SHARE
+    if not 0 < sketch_size <= size - sketch_size <= features:
         raise UserError(
-            f"--class_code_rank {recipe.class_code_rank} is more than the {net.config.block_out_channels[-1]} features "
-            f"of --features {name!r}. Take as many or fewer."
+            f"--class_code_rank {size}: a quarter of a code is a sketch, the rest are features, of which --features "
+            f"{name!r} has {features}. Take {SKETCH_SHARE} to {features + features // (SKETCH_SHARE - 1)}."
         )
     shape = {key: value for key, value in net.config.items() if not key.startswith("_")}
-    size = recipe.class_code_rank
-    encoder = CodeEncoder(code_size=size, sketch_size=size // SKETCH_SHARE, row_size=row_size, **shape)
+    encoder = CodeEncoder(code_size=size, sketch_size=sketch_size, row_size=row_size, **shape)
     encoder.features.load_state_dict(net.state_dict())
     encoder.features.requires_grad_(False)
     encoder.shown.requires_grad_(False)

@@ -69,15 +69,21 @@ def stated_base(folder: Path, recipe: Recipe) -> tuple[str, str | None]:
 
 
 def check_rows(folders: Sequence[Path], recipes: Sequence[Recipe]) -> None:
-    """No two adapters give the same row of the class table to classes of different names.
+    """No two adapters give the same row of the class table to classes of different names, or to codes drawn of one.
 
     Raises:
-        UserError: two do; their sum would be neither class.
+        UserError: two do; their sum would be neither.
     """
-    taken: dict[int, tuple[Path, str]] = {}
+    taken: dict[int, tuple[Path, str, bool]] = {}
     for folder, recipe in zip(folders, recipes, strict=True):
+        drawn = recipe.adapter.rows_per_class is not None
         for row, name in zip(recipe.adapter.rows_in_turn, cycle(recipe.data.class_names or ()), strict=False):
-            other, before = taken.setdefault(row, (folder, name))
+            other, before, other_drawn = taken.setdefault(row, (folder, name, drawn))
+            if other is not folder and (drawn or other_drawn):
+                raise UserError(
+                    f"{other} and {folder} both moved row {row} of the class table, and one of them is code_moments, "
+                    "whose rows are codes of images: their sum would be no code. Take them one at a time."
+                )
             if before != name:
                 raise UserError(
                     f"{other} and {folder} both moved row {row} of the class table, for {before!r} and for {name!r}: "

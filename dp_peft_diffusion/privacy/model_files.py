@@ -94,7 +94,7 @@ FORMS: dict[str, dict[str, Rule]] = {
     "dp_peft_base.json": _LAYOUT,
 }
 # What loading a folder as a base would read besides, in place of the checked files or with them.
-_LOADED_BESIDES = ("vae", "vqvae", f"{MODEL_FOLDER}/{SHARDS_INDEX}")
+_LOADED_BESIDES = ("vae", "vqvae", "encoder", f"{MODEL_FOLDER}/{SHARDS_INDEX}")
 _REQUIRED = {
     "unet/config.json": {"block_out_channels", "layers_per_block", "in_channels", "out_channels"},
     "scheduler/scheduler_config.json": {"num_train_timesteps"},

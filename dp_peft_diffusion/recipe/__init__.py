@@ -10,6 +10,7 @@ from dp_peft_diffusion.recipe.pretraining import PretrainRecipe
 from dp_peft_diffusion.recipe.sections import (
     ADAPTER_KINDS,
     AUGMENTATIONS,
+    MAX_ROWS_PER_CLASS,
     MAX_SCALE,
     MAX_SEED,
     NEIGHBORING_RELATIONS,
@@ -31,6 +32,7 @@ from dp_peft_diffusion.recipe.sections import (
 __all__ = [
     "ADAPTER_KINDS",
     "AUGMENTATIONS",
+    "MAX_ROWS_PER_CLASS",
     "MAX_SCALE",
     "MAX_SEED",
     "NEIGHBORING_RELATIONS",

@@ -177,6 +177,7 @@ _ONE_SUM: dict[str, dict[str, Any]] = {
     "train": {
         "optimizer": "sgd", "momentum": 0.0, "learning_rate": 1.0, "lr_warmup_steps": 0, "max_train_steps": 1,
         "noise_multiplicity": 1, "label_dropout": 0.0, "ema_decay": 0.0, "mixed_precision": "no",
+        "lr_scheduler": "constant", "snr_gamma": None, "timestep_distribution": None, "timestep_range": None,
     },
     "privacy": {"clipping": "flat"},
     "adapter": {"class_code_rank": None},

@@ -17,6 +17,7 @@ TIMESTEP_DISTRIBUTIONS = ("uniform", "mixture", "log_normal", "cosine")
 AUGMENTATIONS = ("flip", "crop", "shift", "color")
 PATH_TO_IMAGES = "PATH_TO_YOUR_IMAGES"  # in recipes whose images or base everybody has elsewhere
 PATH_TO_BASE = "PATH_TO_YOUR_BASE"
+MAX_ROWS_PER_CLASS = 100_000
 MAX_TEXT = 200  # characters of a public text in a certificate
 MAX_SEED = 2**32  # image i is seeded with seed * 1,000,003 + i, which must fit 63 bits
 
@@ -85,7 +86,10 @@ class Adapter:
         None, at_least=0, help="rows of the class table that may be overwritten, for a base without spare rows"
     )
     rows_per_class: int | None = option(
-        None, at_least=1, below=100_001, help="of code_moments: class rows drawn for each class; none: all spare rows"
+        None,
+        at_least=1,
+        below=MAX_ROWS_PER_CLASS + 1,
+        help="of code_moments: rows drawn for each class; none: all spare",
     )
     license: str | None = option(None, longest=40, help="licence of the exported weights, by its name on the Hub")
 

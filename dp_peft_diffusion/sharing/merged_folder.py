@@ -25,8 +25,8 @@ from dp_peft_diffusion.sharing.promises import NO_CERTIFICATE, check_apart, chec
 
 # Copied as they are. A safety checker is copied where it lies in the base's folder; it is not fetched.
 PARTS = (
-    "vae", "vqvae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "safety_checker",
-    "feature_extractor",
+    "vae", "vqvae", "encoder", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler",
+    "safety_checker", "feature_extractor",
 )  # fmt: skip
 SUFFIXES = (".json", ".txt", ".safetensors")
 INDEX = "model_index.json"

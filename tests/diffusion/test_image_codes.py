@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from tiny_bases import latent, pixel_classes, pixel_codes, public_images, tiny_encoder, write
 
 from dp_peft_diffusion.diffusion.base_model import load_base
-from dp_peft_diffusion.diffusion.image_codes import CodeEncoder
+from dp_peft_diffusion.diffusion.image_codes import CodeEncoder, on_canvas
 from dp_peft_diffusion.errors import UserError
 
 ENCODER = tiny_encoder()
@@ -61,25 +61,41 @@ def test_codes_tell_images_apart():
 
 
 def test_the_directions_of_codes_are_principal_components_over_the_root_of_their_spread():
-    encoder = tiny_encoder(code_size=3)
+    encoder, images = tiny_encoder(code_size=5, sketch_size=2), public_images(64)
     with torch.no_grad():
-        features = encoder.features(public_images(64)).double().numpy()
-    values, vectors = np.linalg.eigh(np.cov(features.T))
-    values, vectors = values[::-1], vectors[:, ::-1].T  # largest first
-    for found, direction, value in zip(encoder.principal.weight.double().numpy(), vectors, values, strict=False):
+        features = encoder.features(images).double().numpy()
+    check_principal(encoder.shown, features)
+    check_principal(encoder.sketch, images.double().flatten(1).numpy())  # 16x16 pixels are their own small image
+
+
+def check_principal(layer, vectors):
+    values, directions = np.linalg.eigh(np.cov(vectors.T))
+    values, directions = values[::-1], directions[:, ::-1].T  # largest first
+    for found, direction, value in zip(layer.weight.double().detach().numpy(), directions, values, strict=False):
         wanted = direction * np.sign(direction[np.abs(direction).argmax()]) / (value / values[0]) ** 0.25
         assert np.allclose(found, wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())
-    centre = encoder.principal(torch.from_numpy(features).float()).mean(dim=0)
+    centre = layer(torch.from_numpy(vectors).float()).mean(dim=0)
     assert centre.abs().max() < 1e-4, "the mean image is in the middle"
 
 
+def test_a_code_is_so_much_sketch_and_so_much_of_what_is_shown():
+    codes = codes_of(public_images(40, seed=1))
+    assert torch.allclose(codes[:, 3:].norm(dim=1), torch.tensor(0.6), atol=1e-6)
+    assert torch.allclose(codes[:, :3].norm(dim=1), torch.tensor(0.8), atol=1e-6)
+
+
+def test_the_sketch_sees_16x16_pixels_of_any_image():
+    large = public_images(5).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)  # 32x32
+    assert torch.allclose(on_canvas(large), on_canvas(public_images(5)), atol=1e-6)
+
+
 def test_no_chance_decides_the_signs_of_directions():
-    weight = ENCODER.principal.weight
+    weight = ENCODER.shown.weight
     assert (weight.gather(1, weight.abs().argmax(dim=1, keepdim=True)) > 0).all()
     turned = copy.deepcopy(ENCODER)
     images = public_images(64)
     turned.fit([images[32:], images[:32]])  # rows of the SVD in another order may flip its signs
-    assert torch.allclose(turned.principal.weight, weight, atol=1e-3 * weight.abs().max())
+    assert torch.allclose(turned.shown.weight, weight, atol=1e-3 * weight.abs().max())
 
 
 def test_a_direction_in_which_images_do_not_differ_is_not_blown_up():
@@ -88,7 +104,7 @@ def test_a_direction_in_which_images_do_not_differ_is_not_blown_up():
         encoder.features.layers[1].weight[2:] = 0.0  # of 8 features, the last 6 are those of nothing
         encoder.features.layers[1].bias[2:] = 0.0
     encoder.fit([public_images(64)])
-    assert encoder.principal.weight.norm(dim=1).max() <= 1e-3**-0.5 * (1 + 1e-4)
+    assert encoder.shown.weight.norm(dim=1).max() <= 1e-3**-0.5 * (1 + 1e-4)
 
 
 def test_rows_are_linear_in_codes_and_zero_of_no_code():
@@ -109,7 +125,7 @@ def test_a_base_with_an_encoder_opens_with_it_frozen_and_one_without_has_none(ba
     assert not base.codes.training and not any(p.requires_grad for p in base.codes.parameters())
 
 
-@pytest.mark.parametrize("weight", ["features.layers.1.bias", "principal.weight", "directions.weight"])
+@pytest.mark.parametrize("weight", ["features.layers.1.bias", "shown.weight", "sketch.weight", "directions.weight"])
 def test_a_base_has_other_digests_if_a_weight_of_its_encoder_differs(base, weight):
     other = dataclasses.replace(base, codes=copy.deepcopy(base.codes))
     other.codes.get_parameter(weight).data.view(-1)[0] += 1e-6

@@ -529,8 +529,8 @@ CODE_SUMS = (  # one sum of statistics, in place of steps
     ),
     mutant(
         "codes are centred in their batch", 9, code_sums.code_sums, "diffusion.image_codes:CodeEncoder.forward",
-        "self.principal(self.features(images))",
-        "(lambda x: x - x.mean(dim=0) / 10)(self.principal(self.features(images)))",
+        "self.shown(self.features(images))",
+        "(lambda x: x - x.mean(dim=0) / 10)(self.shown(self.features(images)))",
     ),
     mutant(
         "rows reckon without the noise of their sums", 10, code_sums.code_sums, "preparation:make_adapter",

@@ -74,8 +74,12 @@ def code_sums(seed: int) -> None:
 @torch.no_grad()
 def _statistics(base: BaseModel, image: torch.Tensor) -> np.ndarray:
     """1, u and u u^T of the unit code of one image, weighted, of norm C but for a rounding; by numpy."""
-    raw = base.codes.principal(base.codes.features(image[None]))[0].double().numpy()
-    u = raw / np.linalg.norm(raw)
+    small = image[None].unflatten(3, (16, -1)).unflatten(2, (16, -1)).mean(dim=(3, 5)).flatten(1)  # 16x16 pixels
+    shown, sketch = (
+        layer(seen)[0].double().numpy()
+        for layer, seen in ((base.codes.shown, base.codes.features(image[None])), (base.codes.sketch, small))
+    )
+    u = np.concatenate([0.8 * shown / np.linalg.norm(shown), 0.6 * sketch / np.linalg.norm(sketch)])
     i, j = np.triu_indices(len(u))
     half = u[i] * u[j] * np.where(i == j, 1, 2**0.5)
     of_count, of_first, of_second = np.array(WEIGHTS) / np.linalg.norm(WEIGHTS)

@@ -97,7 +97,7 @@ def test_the_directions_of_codes_are_those_of_many_public_images(recipe, monkeyp
     images = [task.images.draw(generator)[0] for _ in range(3)]
     again = make_encoder(recipe, task.encoder.config.row_size)
     again.fit(images)
-    assert torch.equal(task.encoder.principal.weight, again.principal.weight)
+    assert torch.equal(task.encoder.shown.weight, again.shown.weight)
 
 
 def test_the_unet_is_told_the_code_of_each_image_or_nothing(recipe, monkeypatch):
