@@ -149,7 +149,7 @@ def pixel_classes(folder: Path) -> Path:
 def tiny_encoder(**config: object) -> CodeEncoder:
     """Codes of 4 numbers of grey 16x16 images, in the directions in which made-up ones vary most."""
     torch.manual_seed(4)
-    shape = dict(code_size=4, sketch_size=1, row_size=32, resolution=16, block_out_channels=(8,), layers_per_block=1)
+    shape = dict(code_size=4, sketch_size=2, row_size=32, resolution=16, block_out_channels=(8,), layers_per_block=1)
     encoder = CodeEncoder(**{**shape, "norm_num_groups": 2, **config})
     encoder.fit([public_images(64, encoder.config.image_channels, encoder.config.resolution)])
     return encoder.requires_grad_(False).eval()

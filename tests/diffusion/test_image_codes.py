@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from tiny_bases import latent, pixel_classes, pixel_codes, public_images, tiny_encoder, write
 
 from dp_peft_diffusion.diffusion.base_model import load_base
-from dp_peft_diffusion.diffusion.image_codes import CodeEncoder, on_canvas
+from dp_peft_diffusion.diffusion.image_codes import CANVAS, SKETCHED, CodeEncoder
 from dp_peft_diffusion.errors import UserError
 
 ENCODER = tiny_encoder()
@@ -55,26 +55,34 @@ def test_a_code_does_not_depend_on_the_images_beside_it(pixels, beside):
     assert torch.allclose(codes_of(images)[:1], alone, atol=1e-6)
 
 
+@given(PIXELS)
+def test_the_sketch_has_its_own_share_of_the_length_of_a_code(pixels):
+    codes = codes_of(torch.from_numpy(pixels))
+    assert (codes[:, 2:].norm(dim=1) - SKETCHED).abs().max() < 1e-6
+
+
 def test_codes_tell_images_apart():
     codes = codes_of(public_images(40, seed=1))
     assert (codes @ codes.T).min() < 0 and codes.std(dim=0).min() > 0.05
 
 
 def test_the_directions_of_codes_are_principal_components_over_the_root_of_their_spread():
-    encoder, images = tiny_encoder(code_size=5, sketch_size=2), public_images(64)
+    encoder, images = tiny_encoder(code_size=5), public_images(64)
     with torch.no_grad():
-        features = encoder.features(images).double().numpy()
-    check_principal(encoder.shown, features)
-    check_principal(encoder.sketch, images.double().flatten(1).numpy())  # 16x16 pixels are their own small image
+        small = torch.nn.functional.avg_pool2d(images, images.shape[2] // CANVAS).flatten(1)
+        given = {encoder.shown: encoder.features(images), encoder.sketch: small}
+    for layer, vectors in given.items():
+        check_principal(layer, vectors.double().numpy())
 
 
-def check_principal(layer, vectors):
-    values, directions = np.linalg.eigh(np.cov(vectors.T))
-    values, directions = values[::-1], directions[:, ::-1].T  # largest first
-    for found, direction, value in zip(layer.weight.double().detach().numpy(), directions, values, strict=False):
+@torch.no_grad()
+def check_principal(layer, features):
+    values, vectors = np.linalg.eigh(np.cov(features.T))
+    values, vectors = values[::-1], vectors[:, ::-1].T  # largest first
+    for found, direction, value in zip(layer.weight.double().numpy(), vectors, values, strict=False):
         wanted = direction * np.sign(direction[np.abs(direction).argmax()]) / (value / values[0]) ** 0.25
         assert np.allclose(found, wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())
-    centre = layer(torch.from_numpy(vectors).float()).mean(dim=0)
+    centre = layer(torch.from_numpy(features).float()).mean(dim=0)
     assert centre.abs().max() < 1e-4, "the mean image is in the middle"
 
 
@@ -99,7 +107,7 @@ def test_no_chance_decides_the_signs_of_directions():
 
 
 def test_a_direction_in_which_images_do_not_differ_is_not_blown_up():
-    encoder = tiny_encoder()
+    encoder = tiny_encoder(code_size=6)
     with torch.no_grad():
         encoder.features.layers[1].weight[2:] = 0.0  # of 8 features, the last 6 are those of nothing
         encoder.features.layers[1].bias[2:] = 0.0

@@ -18,6 +18,7 @@ from dp_peft_diffusion.batches import make_batch, make_loss, make_task
 from dp_peft_diffusion.diffusion.base_model import BaseModel, load_base
 from dp_peft_diffusion.diffusion.code_moments import WEIGHTS
 from dp_peft_diffusion.diffusion.datasets import Examples
+from dp_peft_diffusion.diffusion.image_codes import SKETCHED, on_canvas
 from dp_peft_diffusion.gradients.clipper import PerSampleClipper
 from dp_peft_diffusion.preparation import make_adapter
 from dp_peft_diffusion.privacy.mechanism import DPMechanism
@@ -74,12 +75,9 @@ def code_sums(seed: int) -> None:
 @torch.no_grad()
 def _statistics(base: BaseModel, image: torch.Tensor) -> np.ndarray:
     """1, u and u u^T of the unit code of one image, weighted, of norm C but for a rounding; by numpy."""
-    small = image[None].unflatten(3, (16, -1)).unflatten(2, (16, -1)).mean(dim=(3, 5)).flatten(1)  # 16x16 pixels
-    shown, sketch = (
-        layer(seen)[0].double().numpy()
-        for layer, seen in ((base.codes.shown, base.codes.features(image[None])), (base.codes.sketch, small))
-    )
-    u = np.concatenate([0.8 * shown / np.linalg.norm(shown), 0.6 * sketch / np.linalg.norm(sketch)])
+    shown, sketch = base.codes.shown(base.codes.features(image[None])), base.codes.sketch(on_canvas(image[None]))
+    parts = [part[0].double().numpy() / part.double().norm().item() for part in (shown, sketch)]
+    u = np.concatenate([(1 - SKETCHED**2) ** 0.5 * parts[0], SKETCHED * parts[1]])
     i, j = np.triu_indices(len(u))
     half = u[i] * u[j] * np.where(i == j, 1, 2**0.5)
     of_count, of_first, of_second = np.array(WEIGHTS) / np.linalg.norm(WEIGHTS)

@@ -44,7 +44,8 @@ OMNIGLOT = {
     "Sanskrit": 42, "Tagalog": 17,
 }  # fmt: skip
 OF_A_FILE = {"_name_or_path": None, "_diffusers_version": None}  # says nothing of the net
-NAMES = sorted([*AUTOENCODERS, *UNETS, "handwriting-captions", "handwriting-codes", "handwriting-features"])
+CODES = ("handwriting-codes", "handwriting-codes-features")
+NAMES = sorted([*AUTOENCODERS, *UNETS, *CODES, "handwriting-captions", "handwriting-features"])
 
 
 def shipped(name, **changes):

@@ -98,6 +98,8 @@ def test_the_directions_of_codes_are_those_of_many_public_images(recipe, monkeyp
     again = make_encoder(recipe, task.encoder.config.row_size)
     again.fit(images)
     assert torch.equal(task.encoder.shown.weight, again.shown.weight)
+    assert torch.equal(task.encoder.sketch.weight, again.sketch.weight)
+    assert (again.shown.out_features, again.sketch.out_features) == (3, 1)
 
 
 def test_the_unet_is_told_the_code_of_each_image_or_nothing(recipe, monkeypatch):
