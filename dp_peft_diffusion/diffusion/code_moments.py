@@ -109,8 +109,8 @@ def statistics(codes: Tensor, weights: tuple[float, ...]) -> Tensor:
 def gaussians_of(sums: Tensor, weights: tuple[float, ...], noise_of_mean: float) -> tuple[Tensor, Tensor]:
     """Means (C, d) and covariances (C, d, d), positive definite, of what noisy `sums` (C, 1 + d + d (d + 1) / 2) say.
 
-    The noise of a second moment is known. It decides how far covariances shrink towards the one of all classes pooled, in
-    the manner of James and Stein (1961), and below which value no eigenvalue is believed.
+    The noise of a second moment is known. It decides how far covariances shrink towards the one of all classes pooled,
+    in the manner of James and Stein (1961), and below which value no eigenvalue is believed.
     """
     num_classes, size = sums.shape
     d = (math.isqrt(8 * size + 1) - 3) // 2

@@ -21,6 +21,7 @@ from dp_peft_diffusion.batches import PUBLIC_KEY, make_batch, make_loss, make_ta
 from dp_peft_diffusion.diffusion.adapters import inject_adapter
 from dp_peft_diffusion.diffusion.base_model import load_base
 from dp_peft_diffusion.diffusion.code_moments import (
+    ACCEPTED,
     BELOW_BOUND,
     SMALLEST_CLASS,
     WEIGHTS,
@@ -287,6 +288,26 @@ def test_draws_are_unit_vectors_and_those_of_classes_far_apart_are_claimed_by_th
     assert drawn.shape == (C, 200, D) and (drawn.norm(dim=2) - 1).abs().max() < 1e-9
     claimed = log_densities(drawn.flatten(0, 1), mean, covariance).argmax(dim=1).view(C, 200)
     assert (claimed == torch.arange(C)[:, None]).double().mean() > 0.99
+
+
+def test_draws_that_another_class_may_claim_come_last():
+    mean, covariance = torch.zeros(2, D, dtype=torch.float64), 0.1 * torch.eye(D, dtype=torch.float64).repeat(2, 1, 1)
+    mean[:, 0] = torch.tensor([0.15, -0.15])  # near each other
+    few, pool = draw(mean, covariance, 50), draw(mean, covariance, 100)
+    own = [log_densities(drawn[0], mean, covariance).softmax(dim=1)[:, 0] for drawn in (few, pool)]
+    accepted = int((own[0] > ACCEPTED).sum())
+    assert 0 < accepted < 50 and (own[0][:accepted] > ACCEPTED).all()
+    assert (own[0][accepted:].diff() <= 0).all(), "the best of those that are left are taken first"
+
+
+def test_means_and_spreads_of_unit_vectors_are_those_of_unit_vectors_whatever_the_noise():
+    noise = torch.randn(C, sums_of(3).shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean, covariance = gaussians_of(sums_of(3) + 10 * noise, WEIGHTS, 10.0)
+    assert mean.norm(dim=1).max() <= 1 + 1e-12 and torch.linalg.eigvalsh(covariance).max() <= 1 + 1e-12
+
+
+def sums_of(seed):
+    return torch.from_numpy(truth(seed)[2])
 
 
 def test_draws_have_the_mean_and_covariance_of_their_gaussian():

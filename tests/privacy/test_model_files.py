@@ -62,7 +62,9 @@ def test_a_tensor_in_two_files_is_refused(sharded):
         read_base(sharded)
 
 
-@pytest.mark.parametrize("name", ["vae/config.json", "vqvae/config.json", f"unet/{WEIGHTS}.index.json"])
+@pytest.mark.parametrize(
+    "name", ["vae/config.json", "vqvae/config.json", "encoder/config.json", f"unet/{WEIGHTS}.index.json"]
+)
 def test_a_strangers_model_may_not_bring_more_than_is_checked(tmp_path, name):
     (tmp_path / name).parent.mkdir()
     (tmp_path / name).write_text("{}")

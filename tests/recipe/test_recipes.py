@@ -253,6 +253,7 @@ def smaller(name: str, folder: Path) -> list[object]:
     images = tiny_image_folder(folder / "images", {"dark": 60, "light": 190}, 5)
     words = ["train", "--recipe", name, "--pretrained_model_name_or_path", base, "--dataset_name", images]
     words += SMALLER.split() + ["--output_dir", folder / "run"]
+    words += ["--train_batch_size", 10] if recipe.adapter.kind == "code_moments" else []  # all images
     words += ["--gamma", 0.01] if recipe.privacy.clipping == "automatic" else []
     return words + (["--class_code_rank", 2] if recipe.adapter.class_code_rank else [])
 

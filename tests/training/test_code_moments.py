@@ -113,6 +113,8 @@ def test_images_take_the_rows_of_their_class_in_turn(whole, place):
     assert [source.told(i)["label"] for i in range(4)] == ["dark", "light"] * 2
     light = open_source(folder, base=str(place / "base"), class_labels=["light"])
     assert light.conditions(range(4))["class_labels"].tolist() == [2, 4, 6, 2]
+    twice = open_source(folder, base=str(place / "base"), class_labels=["light", "light", "dark"])
+    assert twice.conditions(range(9))["class_labels"].tolist() == [2, 4, 1, 6, 2, 3, 4, 6, 5], "none twice before all"
     table = source.base.unet.class_embedding.weight
     assert all((table[i] - table[i + 2]).abs().max() > 1e-3 for i in range(1, 5)), "rows of a class differ"
     images, labels = generate(folder, num_images=3, num_inference_steps=1, base=str(place / "base"))
@@ -190,6 +192,11 @@ def test_an_option_of_descent_is_refused_with_what_to_type(recipe, section, valu
     assert validate(recipe) is recipe
     with pytest.raises(UserError, match=rf"one noisy sum, and no steps of descent. Type {typed}, or start"):
         validate(changed(recipe, section, **value))
+
+
+def test_a_batch_of_some_images_is_refused_since_it_pays_as_much_for_more_noise(recipe, tmp_path):
+    with pytest.raises(UserError, match=f"over all images it has the least noise.*--train_batch_size {N}"):
+        prepare(changed(recipe, "train", train_batch_size=N - 1), tmp_path / "run")
 
 
 def test_rows_per_class_is_no_option_of_other_kinds(recipe):

@@ -170,8 +170,8 @@ def test_a_feature_net_of_other_images_or_too_few_features_is_refused(recipe):
         make_encoder(dataclasses.replace(recipe, resolution=32), 32)
     with pytest.raises(UserError, match="'image_channels': 3"):
         make_encoder(dataclasses.replace(recipe, image_channels=3), 32)
-    with pytest.raises(UserError, match="--class_code_rank 9 is more than the 8 features"):
-        make_encoder(dataclasses.replace(recipe, class_code_rank=9), 32)
+    with pytest.raises(UserError, match="--class_code_rank 12: .* has 8. Take 4 to 10."):
+        make_encoder(dataclasses.replace(recipe, class_code_rank=12), 32)
     assert make_encoder(dataclasses.replace(recipe, class_code_rank=8), 32).config.code_size == 8
 
 
