@@ -14,7 +14,7 @@ EXPLANATION = Path(__file__).resolve().parents[2] / "docs" / "explanation"
 MEASURED, PAGE = EXPLANATION / "headline", EXPLANATION / "results.md"
 BEGIN, END = "<!-- begin: docs/scripts/headline.py -->\n", "<!-- end -->\n"
 NAMES = {"0.2": "eps0.2", "1": "eps1", "10": "eps10", "none: no noise": "none"}  # epsilon -> file
-TITLES = {"logistic_regression": "logistic regression", "cnn": "small CNN", "cnn_dpdm": "DPDM's CNN"}
+TITLES = {"logistic_regression": "logistic regression", "cnn": "small CNN"}
 # CNN trained on 60,000 synthetic images, percent: (epsilon, accuracy). DPDM: 2210.09929; others: FETA-Pro's release.
 PUBLISHED = {
     "DPDM": ((0.2, 86.3), (1, 95.3), (10, 98.1)),
@@ -50,13 +50,10 @@ def plot_epsilon(found: dict[str, dict]) -> Figure:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     private = [epsilon for epsilon in found if epsilon[0].isdigit()]
-    for index, name in enumerate(("cnn", "cnn_dpdm")):
-        values = [100 * found[epsilon][name]["accuracy"] for epsilon in private]
-        axes.plot(
-            [float(epsilon) for epsilon in private], values, "o-", color=f"C{index}", label=f"here, {TITLES[name]}"
-        )
+    values = [100 * found[epsilon]["cnn"]["accuracy"] for epsilon in private]
+    axes.plot([float(epsilon) for epsilon in private], values, "o-", color="C0", label="here, small CNN")
     for index, (name, points) in enumerate(PUBLISHED.items()):
-        axes.plot(*zip(*points, strict=True), "x:", color=f"C{2 + index}", label=name)
+        axes.plot(*zip(*points, strict=True), "x:", color=f"C{1 + index}", label=name)
     axes.set_xscale("log")
     axes.set_xticks([0.2, 1, 10], ["0.2", "1", "10"])
     axes.set_xlabel("epsilon (delta 1e-5)")
