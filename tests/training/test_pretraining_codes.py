@@ -11,13 +11,15 @@ from tiny_bases import public_images
 from dp_peft_diffusion.diffusion.base_model import load_base
 from dp_peft_diffusion.diffusion.feature_net import FeatureNet
 from dp_peft_diffusion.diffusion.image_codes import ENCODER
+from dp_peft_diffusion.diffusion.samplers import sample_images
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.pretraining import folder, image_codes, loop, pretrain
 from dp_peft_diffusion.pretraining.checkpoints import write_checkpoint
 from dp_peft_diffusion.pretraining.image_codes import Codes, make_encoder
-from dp_peft_diffusion.recipe import PretrainRecipe, validate
+from dp_peft_diffusion.recipe import PretrainRecipe, load_pretrain_recipe, recipe_path, validate
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
+RECIPES = ("handwriting-codes", "handwriting-codes-features")
 CODES = f"{ENCODER}/diffusion_pytorch_model.safetensors"
 
 
@@ -179,3 +181,22 @@ def test_the_net_that_ships_may_be_named(recipe):
     shipped = dataclasses.replace(recipe, features="builtin:handwriting_features", resolution=32)
     encoder = make_encoder(shipped, 32)
     assert encoder.config.resolution == 32 and not any(p.requires_grad for p in encoder.features.parameters())
+
+
+def test_the_base_that_ships_is_that_of_its_recipes_and_draws_what_it_is_told():
+    recipe, of_features = (load_pretrain_recipe(recipe_path(name), {"dataset_name": "x"}) for name in RECIPES)
+    base = load_base("builtin:handwriting_codes")
+    assert base.codes is not None and base.layout.spare_classes == (1, 1 + recipe.spare_classes)
+    assert (base.codes.config.code_size, base.resolution) == (recipe.class_code_rank, recipe.resolution)
+    assert tuple(base.unet.config.block_out_channels) == recipe.block_out_channels
+    assert tuple(base.codes.config.block_out_channels) == of_features.block_out_channels
+    assert not base.unet.class_embedding.weight.any()
+    images = torch.full((2, 1, 32, 32), -1.0)
+    images[0, :, 6:26, 14:18] = 1.0  # a stroke that stands, and one that lies
+    images[1, :, 14:18, 6:26] = 1.0
+    base.unet.class_embedding = torch.nn.Identity()
+    with torch.no_grad():
+        told = {"class_labels": base.codes.rows(base.codes(images)).repeat(4, 1)}
+    drawn = sample_images(base, told, num_images=8, seed=0, num_inference_steps=8).float() / 127.5 - 1
+    right = [(drawn[i] * images[i % 2]).mean() > (drawn[i] * images[1 - i % 2]).mean() for i in range(8)]
+    assert all(right), "strokes stand and lie as they were told"
