@@ -68,13 +68,13 @@ def plot_images(found: dict[str, dict]) -> Figure:
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for index, (epsilon, result) in enumerate(found.items()):
-        points = result["learning_curve"]
+    curves = {epsilon: result["learning_curve"] for epsilon, result in found.items() if "learning_curve" in result}
+    for index, (epsilon, points) in enumerate(curves.items()):
         sizes = [point["num_synthetic_images"] for point in points]
         axes.plot(
             sizes, [100 * p["cnn"]["accuracy"] for p in points], "o-", color=f"C{index}", label=f"epsilon {epsilon}"
         )
-    least = min(p["cnn"]["accuracy"] for result in found.values() for p in result["learning_curve"])
+    least = min(point["cnn"]["accuracy"] for points in curves.values() for point in points)
     axes.set_ylim(max(0, math.floor(100 * least) - 1), 100)
     axes.set_xscale("log")
     axes.set_xlabel("synthetic images trained on")
