@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 from diffusers import DDPMScheduler
 from PIL import Image
-from tiny_bases import latent, stable_diffusion_1, stable_diffusion_xl, tiny_autoencoder, tiny_unet2d
+from tiny_bases import latent, pixel_codes, stable_diffusion_1, stable_diffusion_xl, tiny_autoencoder, tiny_unet2d
 from tiny_models import tiny_image_folder
 
 from dp_peft_diffusion.cli import main
@@ -25,7 +25,7 @@ from dp_peft_diffusion.diffusion import base_folder, base_model
 from dp_peft_diffusion.diffusion.base_model import BaseLayout, save_base
 from dp_peft_diffusion.diffusion.samplers import sample_images
 from dp_peft_diffusion.errors import UserError
-from dp_peft_diffusion.pretraining import codes
+from dp_peft_diffusion.pretraining import codes, image_codes
 from dp_peft_diffusion.pretraining import folder as pretraining_folder
 from dp_peft_diffusion.privacy import adapter_files
 from dp_peft_diffusion.sharing import hub
@@ -48,6 +48,13 @@ SHORTER = {
 }
 
 
+# The same, for what knows codes: no gradient of it is clipped automatically, and small nets have few features.
+OF_CODES = {
+    "mnist-codes": "--clipping flat --gamma none",
+    "handwriting-codes": "--class_code_rank 8",
+}
+
+
 def shortened(line: str) -> list[str]:
     """The words of a documented command after `dp-peft`, with the options of `SHORTER`.
 
@@ -58,7 +65,8 @@ def shortened(line: str) -> list[str]:
         return [*words, "--help"]
     meant = {"COMMAND": "train", "NAME": "digits"}
     words = [meant.get(word, word).replace("PATH_TO_YOUR_IMAGES", "path/to/images") for word in words]
-    return words + shlex.split(SHORTER.get(words[0], ""))
+    more = [option for name, option in OF_CODES.items() if name in words]
+    return words + shlex.split(" ".join([SHORTER.get(words[0], ""), *more]))
 
 
 def type_in(line: str) -> Result:
@@ -190,6 +198,8 @@ class StandIns:
         for real in (path.parent for path in base_model.BUILTIN_BASES.glob("*/scheduler")):
             if (real / "text_encoder").is_dir():
                 stable_diffusion_1(folder / real.name)
+            elif (real / "encoder").is_dir():
+                pixel_codes(folder / real.name)
             else:
                 save_base(folder / real.name, tiny_unet2d(4, 60), DDPMScheduler(), layout)
         return folder
@@ -309,6 +319,7 @@ def lead_to_stand_ins(patch: pytest.MonkeyPatch, stand_ins: StandIns, builtin: b
     patch.setattr(hub, "HfApi", NoHub)
     patch.setattr(hub, "get_token", lambda: "a token")
     patch.setattr(codes, "IMAGES_FOR_CODES", 256)
+    patch.setattr(image_codes, "sample_images", functools.partial(sample_images, num_inference_steps=1))
     patch.setattr(pretraining_folder, "sample_images", functools.partial(sample_images, num_inference_steps=1))
     if builtin:
         for module in (base_folder, base_model, adapter_files):

@@ -19,6 +19,13 @@ AFTER = {
     "dp-peft pretrain --recipe handwriting-captions --dataset_name PATH_TO_OMNIGLOT": (
         "dp-peft pretrain --recipe handwriting-captions-vae --dataset_name PATH_TO_OMNIGLOT"
     ),
+    "dp-peft pretrain --recipe handwriting-codes --dataset_name PATH_TO_OMNIGLOT"
+    " --features runs/handwriting-codes-features/features": (
+        "dp-peft pretrain --recipe handwriting-codes-features --dataset_name PATH_TO_OMNIGLOT"
+    ),
+    "dp-peft pretrain --kind codes --dataset_name PATH_TO_PUBLIC_IMAGES --features runs/images-features/features": (
+        "dp-peft pretrain --kind features --dataset_name PATH_TO_PUBLIC_IMAGES --output_dir runs/images-features"
+    ),
     "dp-peft verify runs/audited --escrow_key ../keys/audited.json --dataset_name builtin:digits": (
         "dp-peft train --recipe digits --output_dir runs/audited --escrow_key ../keys/audited.json"
     ),
@@ -33,6 +40,9 @@ AFTER_A_STOP = {
 IN_SHORT = {
     "dp-peft pretrain --kind captions": (
         "dp-peft pretrain --kind captions --dataset_name PATH_TO_PUBLIC_IMAGES --vae PATH_TO_AUTOENCODER"
+    ),
+    "dp-peft pretrain --kind codes": (
+        "dp-peft pretrain --kind codes --dataset_name PATH_TO_PUBLIC_IMAGES --features runs/images-features/features"
     ),
     "dp-peft pretrain --kind features": "dp-peft pretrain --kind features --dataset_name PATH_TO_PUBLIC_IMAGES",
     "dp-peft train --pretrained_model_name_or_path merged": (

@@ -160,6 +160,7 @@ def test_every_field_of_the_recipe_is_an_option(training):
 
 
 NEEDS = {
+    "rows_per_class": "--recipe mnist-codes --dataset_name org/cats",
     "group_column": "--max_examples_per_group 2",
     "max_examples_per_group": "--group_column patient",
     "sampling_prob": "--neighboring_relation add_or_remove_one",
