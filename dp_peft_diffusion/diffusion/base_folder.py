@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
 from transformers.utils import logging
@@ -86,6 +87,7 @@ def load_part(kind: Any, folder: Path, name: str) -> Any:
         UserError: it cannot be opened, or a weight is missing.
     """
     logging.disable_progress_bar()  # one bar for each text encoder says nothing
+    diffusers_logging.disable_progress_bar()  # nor does one for the files of a network
     try:
         part, report = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
