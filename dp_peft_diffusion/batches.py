@@ -136,14 +136,14 @@ def make_loss(task: Task, mixed_precision: str = "no") -> LossFn:
     """
 
     def loss_fn(unet: torch.nn.Module, batch: Batch) -> Tensor:
+        if "codes" in batch:
+            return code_losses(unet, batch)
         conditions = conditions_of(task, batch)
 
         def predict(noisy: Tensor, times: Tensor) -> Tensor:
             with torch.autocast(noisy.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
                 return task.base.predict(unet, noisy, times, conditions)
 
-        if "codes" in batch:
-            return code_losses(unet, batch)
         losses = task.objective.losses(predict, batch["clean"], batch["noise"], batch["levels"])
         return losses * batch["weights"]
 

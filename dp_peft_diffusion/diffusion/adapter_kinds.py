@@ -89,7 +89,7 @@ KINDS: dict[str, Kind] = {
     "norm": Kind("weights and biases of normalisation layers", _layers, (), NORM),
     "attention": Kind("the linear layers of attention", _layers, layers=(nn.Linear,)),
     "class_rows": Kind("", None, ()),
-    "code_moments": Kind("sums of the codes of each class", None, ()),
+    "code_moments": Kind("", None, ()),
     "full": Kind("every weight", None, ()),
 }
 

@@ -82,14 +82,22 @@ def fit_principal(layer: nn.Linear, vectors: torch.Tensor) -> None:
 
     That is half way between components as large as they are, and all of them equally large.
     """
-    centred = vectors.double() - vectors.double().mean(dim=0)
-    _, spread, principal = torch.linalg.svd(centred, full_matrices=False)
-    size = layer.out_features
-    signs = principal.gather(1, principal.abs().argmax(dim=1, keepdim=True)).sign()
-    spread = spread[:size] / spread[0]
-    weight = (principal * signs)[:size] * spread.clamp(min=1e-3).rsqrt()[:, None]  # (size, d)
+    mean, directions, spread = principal_directions(vectors.double(), layer.out_features)
+    weight = directions * (spread / spread[0]).clamp(min=1e-3).rsqrt()[:, None]  # (size, d)
     layer.weight.copy_(weight)
-    layer.bias.copy_(-weight @ vectors.double().mean(dim=0))
+    layer.bias.copy_(-weight @ mean)
+
+
+def principal_directions(vectors: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean (d,) of vectors (n, d), their leading principal directions (size, d), and singular values (size,).
+
+    The largest number of a direction is positive, so that no chance decides its sign.
+    """
+    mean = vectors.mean(dim=0)
+    _, spread, directions = torch.linalg.svd(vectors - mean, full_matrices=False)
+    directions = directions[:size]
+    signs = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()
+    return mean, directions * signs, spread[:size]
 
 
 def load_encoder(folder: Path, name: str) -> CodeEncoder | None:

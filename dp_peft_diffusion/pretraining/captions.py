@@ -7,10 +7,11 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch import nn
 from transformers import CLIPTextModel
 
+from dp_peft_diffusion.diffusion.image_codes import on_canvas
 from dp_peft_diffusion.diffusion.objectives import make_objective
 from dp_peft_diffusion.pretraining.autoencoder import load_autoencoder, open_images
 from dp_peft_diffusion.pretraining.characters import Characters
-from dp_peft_diffusion.pretraining.codes import known_codes, shrink
+from dp_peft_diffusion.pretraining.codes import known_codes
 from dp_peft_diffusion.pretraining.denoising import denoising_loss
 from dp_peft_diffusion.pretraining.folder import BASE, to_bytes, write_pipeline
 from dp_peft_diffusion.pretraining.images import PublicImages
@@ -93,7 +94,7 @@ class Captions:
         images: of the first of `read`, the classes of the captions; they count beside those known before.
         """
         sums, counts = self.sums[read].to(self.device), self.counts[read].to(self.device)
-        sums[: len(images)] += self.trained["sketch"](shrink(images))
+        sums[: len(images)] += self.trained["sketch"](on_canvas(images))
         counts[: len(images)] += 1
         return sums * (kept.to(self.device) / counts)[:, None]
 

@@ -1,21 +1,20 @@
 """Images as a few numbers, which captions can be asked to say."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from dp_peft_diffusion.diffusion.image_codes import on_canvas, principal_directions
 from dp_peft_diffusion.pretraining.characters import Characters
 from dp_peft_diffusion.pretraining.images import PublicImages
 from dp_peft_diffusion.recipe import PretrainRecipe
 
-SKETCH = 16  # side of the picture that a code tells of
 IMAGES_FOR_CODES = 16_384
 
 
 class Sketch(nn.Module):
     """An image as `rank` numbers: principal components of small public images, by the square root of their spread.
 
-    small: (n, pixels) as `shrink` gives them. The codes of these have root mean square 1.
+    small: (n, pixels) as `on_canvas` gives them. The codes of these have root mean square 1.
     """
 
     mean: torch.Tensor  # (pixels,)
@@ -23,12 +22,11 @@ class Sketch(nn.Module):
 
     def __init__(self, small: torch.Tensor, rank: int):
         super().__init__()
-        _, spread, directions = torch.linalg.svd(small - small.mean(dim=0), full_matrices=False)
-        directions, spread = directions[:rank], spread[:rank] / len(small) ** 0.5  # (rank, pixels), (rank,)
-        signs = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()
+        mean, directions, spread = principal_directions(small, rank)  # (pixels,), (rank, pixels), (rank,)
+        spread = spread / len(small) ** 0.5
         scale = (spread * spread.mean()).rsqrt()
-        self.register_buffer("mean", small.mean(dim=0))
-        self.register_buffer("directions", directions * signs * scale[:, None])
+        self.register_buffer("mean", mean)
+        self.register_buffer("directions", directions * scale[:, None])
 
     def forward(self, small: torch.Tensor) -> torch.Tensor:
         """Small images (b, pixels) -> codes (b, rank)."""
@@ -43,7 +41,7 @@ def known_codes(
     Mean codes of classes have root mean square 1.
     """
     drawn = (images.draw(generator) for _ in range(-(-IMAGES_FOR_CODES // recipe.train_batch_size)))
-    batches = [(shrink(pixels), classes) for pixels, classes in drawn]
+    batches = [(on_canvas(pixels), classes) for pixels, classes in drawn]
     sketch = Sketch(torch.cat([small for small, _ in batches[: len(batches) // 8 + 1]]), recipe.class_code_rank)
     sums, counts = torch.zeros(images.num_classes, recipe.class_code_rank), torch.zeros(images.num_classes)
     for small, classes in batches:
@@ -52,8 +50,3 @@ def known_codes(
     scale = (counts.sum() / (sums.square() / counts.clamp(min=1)[:, None]).mean(dim=1).sum()).sqrt()
     sketch.directions *= scale
     return sketch, sums * scale, counts
-
-
-def shrink(images: torch.Tensor) -> torch.Tensor:
-    """Images (b, c, side, side) -> small ones as rows (b, c * SKETCH * SKETCH)."""
-    return F.interpolate(images, size=(SKETCH, SKETCH), mode="area").flatten(1)

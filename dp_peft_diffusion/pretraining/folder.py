@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, EDMEulerScheduler, StableDiffusionPipeline, UNet2DModel
 
-from dp_peft_diffusion.diffusion.base_model import BaseLayout, load_base, save_base
+from dp_peft_diffusion.diffusion.base_model import BaseLayout, BaseModel, load_base, save_base
 from dp_peft_diffusion.diffusion.grids import image_grid
 from dp_peft_diffusion.diffusion.samplers import sample_images
 from dp_peft_diffusion.durable import make_weights_readable
@@ -37,13 +37,10 @@ def write_base(
     device: torch.device,
 ) -> None:
     """Write a base, read it back as its users will, and draw a grid of public classes from it."""
-    folder = output_dir / BASE
-    save_base(folder, unet, scheduler, layout)
+    save_base(output_dir / BASE, unet, scheduler, layout)
     if vae is not None:
-        vae.save_pretrained(folder / AUTOENCODER)
-    make_weights_readable(folder)
-    write_readme(folder, recipe)
-    base = load_base(str(folder)).to(device)
+        vae.save_pretrained(output_dir / BASE / AUTOENCODER)
+    base = finished_base(recipe, output_dir, device)
     labels = None if layout.null_class is None else torch.arange(64) * layout.null_class // 64
     conditions = None if labels is None else {"class_labels": labels}
     images = sample_images(base, conditions, num_images=64, seed=0, device=device)
@@ -59,15 +56,25 @@ def write_pipeline(
     device: torch.device,
 ) -> None:
     """Write a base with prompts, read it back as its users will, and draw a grid: images above samples of theirs."""
-    folder = output_dir / BASE
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    make_weights_readable(folder)
-    write_vocabulary(folder / "tokenizer", pipeline.tokenizer)
-    write_readme(folder, recipe)
-    base = load_base(str(folder)).to(device)
+    pipeline.save_pretrained(output_dir / BASE, safe_serialization=True)
+    write_vocabulary(output_dir / BASE / "tokenizer", pipeline.tokenizer)
+    base = finished_base(recipe, output_dir, device)
     assert base.text is not None  # as it was written
     conditions = base.text.encode(captions)
     samples = sample_images(base, conditions, num_images=len(captions), seed=0, guidance_scale=GUIDANCE, device=device)
+    write_pairs(pictures, samples, output_dir)
+
+
+def finished_base(recipe: PretrainRecipe, output_dir: Path, device: torch.device) -> BaseModel:
+    """The base that was saved in `output_dir`, told what it is in its README.md, and read back as its users will."""
+    folder = output_dir / BASE
+    make_weights_readable(folder)
+    write_readme(folder, recipe)
+    return load_base(str(folder)).to(device)
+
+
+def write_pairs(pictures: torch.Tensor, samples: torch.Tensor, output_dir: Path) -> None:
+    """The grid: rows of eight pictures (n, c, side, side) uint8, and below them what was drawn of each."""
     pairs = torch.stack([pictures.view(-1, 8, *pictures.shape[1:]), samples.view(-1, 8, *samples.shape[1:])], 1)
     image_grid(pairs.flatten(0, 2), columns=8).save(output_dir / "samples.png")
 

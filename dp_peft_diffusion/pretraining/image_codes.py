@@ -8,16 +8,15 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from dp_peft_diffusion.diffusion.base_folder import load_part, read_settings
-from dp_peft_diffusion.diffusion.base_model import BaseLayout, load_base
+from dp_peft_diffusion.diffusion.base_model import BaseLayout, BaseModel, save_base
 from dp_peft_diffusion.diffusion.feature_net import FeatureNet
-from dp_peft_diffusion.diffusion.grids import image_grid
 from dp_peft_diffusion.diffusion.image_codes import ENCODER, CodeEncoder
 from dp_peft_diffusion.diffusion.objectives import make_objective
 from dp_peft_diffusion.diffusion.samplers import sample_images
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.pretraining.characters import Characters
 from dp_peft_diffusion.pretraining.denoising import denoising_loss
-from dp_peft_diffusion.pretraining.folder import BASE, to_bytes, write_base
+from dp_peft_diffusion.pretraining.folder import BASE, finished_base, to_bytes, write_pairs
 from dp_peft_diffusion.pretraining.images import PublicImages
 from dp_peft_diffusion.pretraining.networks import build_scheduler, build_unet
 from dp_peft_diffusion.privacy.model_files import BUILTIN_BASES
@@ -72,11 +71,10 @@ class Codes:
         encoder.load_state_dict({n.removeprefix("encoder."): ema[n] for n in ema if n.startswith("encoder.")})
         encoder.save_pretrained(output_dir / BASE / ENCODER)
         layout = BaseLayout(recipe.pixel_packing, 0, (1, 1 + recipe.spare_classes), recipe.class_code_rank)
-        write_base(recipe, output_dir, unet, self.scheduler, layout, None, self.device)
-        self._write_grid(output_dir)
+        save_base(output_dir / BASE, unet, self.scheduler, layout)
+        self._write_grid(finished_base(recipe, output_dir, self.device), output_dir)
 
-    def _write_grid(self, output_dir: Path) -> None:
-        base = load_base(str(output_dir / BASE)).to(self.device)
+    def _write_grid(self, base: BaseModel, output_dir: Path) -> None:
         assert base.codes is not None  # as it was written
         base.unet.class_embedding = nn.Identity()  # it is told rows that are in no table
         generator, batches = torch.Generator().manual_seed(0), -(-PAIRS // self.recipe.train_batch_size)
@@ -84,8 +82,7 @@ class Codes:
         with torch.no_grad():
             told = {"class_labels": base.codes.rows(base.codes(images))}
         drawn = sample_images(base, told, num_images=len(images), seed=0, scheduler="fidelity", device=self.device)
-        pairs = torch.stack([to_bytes(images).view(-1, 8, *drawn.shape[1:]), drawn.view(-1, 8, *drawn.shape[1:])], 1)
-        image_grid(pairs.flatten(0, 2), columns=8).save(output_dir / "samples.png")
+        write_pairs(to_bytes(images), drawn, output_dir)
 
     def _new_unet(self) -> UNet2DModel:
         recipe = self.recipe

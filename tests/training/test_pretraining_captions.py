@@ -14,12 +14,13 @@ from transformers import CLIPTokenizer
 
 from dp_peft_diffusion.diffusion.base_model import BUILTIN_BASES, load_base
 from dp_peft_diffusion.diffusion.glyphs import DIHEDRAL
+from dp_peft_diffusion.diffusion.image_codes import on_canvas
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.pretraining import folder, loop, pretrain
 from dp_peft_diffusion.pretraining.captions import TEXT_NOISE, drop, nonsense
 from dp_peft_diffusion.pretraining.characters import Characters
 from dp_peft_diffusion.pretraining.checkpoints import write_checkpoint
-from dp_peft_diffusion.pretraining.codes import Sketch, known_codes, shrink
+from dp_peft_diffusion.pretraining.codes import Sketch, known_codes
 from dp_peft_diffusion.pretraining.denoising import denoising_loss
 from dp_peft_diffusion.pretraining.images import PublicImages
 from dp_peft_diffusion.pretraining.networks import build_autoencoder, encode
@@ -160,7 +161,7 @@ def test_the_loss_is_that_of_denoising_of_codes_and_of_words_where_prompts_have_
     noise = torch.randn(16, 1, 16, generator=generator)
     codes, unlike, forgotten = [], [], []
     for index, (caption, row) in enumerate(zip(captions, noise, strict=True)):
-        own = net["sketch"](shrink(images[index : index + 1]))  # (1, rank), or (0, rank) of a caption without its image
+        own = net["sketch"](on_canvas(images[index : index + 1]))  # (1, rank), or (0, rank) without its image
         sketch = (own.sum(dim=0) + task.sums[classes[index]]) / (len(own) + task.counts[classes[index]])
         sketch = sketch if kept[index] else torch.zeros(6)
         words = task.tokenizer(caption).input_ids[1:-1]
@@ -249,7 +250,7 @@ def test_codes_are_principal_components_that_count_by_the_root_of_their_spread()
     pixels = images.flatten(1).double().numpy()
     values, vectors = np.linalg.eigh(np.cov(pixels.T, bias=True))
     spread = values[::-1][:5] ** 0.5
-    codes = Sketch(shrink(images), 5)(shrink(images)).double().numpy()
+    codes = Sketch(on_canvas(images), 5)(on_canvas(images)).double().numpy()
     expected = (pixels - pixels.mean(0)) @ vectors[:, ::-1][:, :5] / np.sqrt(spread * spread.mean())
     signs = np.sign((codes * expected).sum(0))
     assert np.allclose(codes, expected * signs, atol=2e-3)
@@ -267,7 +268,7 @@ def test_the_mean_codes_of_classes_tell_images_apart(letters):
     drawn, classes = images.draw(torch.Generator().manual_seed(1))
     codes = sums / counts[:, None]
     assert ((counts / counts.sum()) @ codes.square().mean(dim=1)).item() == pytest.approx(1, abs=1e-4)
-    nearest = torch.cdist(sketch(shrink(drawn)), codes).argmin(dim=1)
+    nearest = torch.cdist(sketch(on_canvas(drawn)), codes).argmin(dim=1)
     assert (nearest == classes).float().mean() > 0.25  # of 16 classes, of which most look like another
 
 
