@@ -113,6 +113,7 @@ class StandIns:
             "PATH_TO_OMNIGLOT": "images",
             "PATH_TO_AUTOENCODER": "autoencoder",
             "data/mnist": "images",
+            "PATH_TO_CIFAR10": "images",
             "scans": "scans",
             "scans.parquet": "captioned",
             "prompts.txt": "prompts",
@@ -133,6 +134,9 @@ class StandIns:
             "runs/digits-eps1": "digits_run",
             "runs/digits-eps1-0": "digits_run",
             "runs/digits-eps1-0-samples": "digits_samples",
+            "runs/mnist-eps1": "codes_run",
+            "runs/mnist-eps1-samples": "codes_samples",
+            "runs/cifar10-eps10": "codes_run",
             "privacy.json": "certificate",
             "runs/first/privacy.json": "certificate",
         }
@@ -264,6 +268,18 @@ class StandIns:
         """The same of the digits."""
         made(f"dp-peft sample --adapter {self.digits_run} --output_dir {self.place / 'digits_samples'}")
         return self.place / "digits_samples"
+
+    @functools.cached_property
+    def codes_run(self) -> Path:
+        """A run whose classes have many rows each."""
+        made(f"dp-peft train --recipe mnist-codes --dataset_name {self.images} --output_dir {self.place / 'codes_run'}")
+        return self.place / "codes_run"
+
+    @functools.cached_property
+    def codes_samples(self) -> Path:
+        """Images sampled from it, some of each class."""
+        made(f"dp-peft sample --adapter {self.codes_run} --output_dir {self.place / 'codes_samples'}")
+        return self.place / "codes_samples"
 
     @functools.cached_property
     def certificate(self) -> Path:

@@ -26,6 +26,12 @@ AFTER = {
     "dp-peft pretrain --kind codes --dataset_name PATH_TO_PUBLIC_IMAGES --features runs/images-features/features": (
         "dp-peft pretrain --kind features --dataset_name PATH_TO_PUBLIC_IMAGES --output_dir runs/images-features"
     ),
+    "dp-peft train --adapter full --pretrained_model_name_or_path runs/omniglot-colour-base/base --dataset_name"
+    " PATH_TO_CIFAR10 --epsilon 10 --train_batch_size 2048 --max_train_steps 24 --noise_multiplicity 2 --learning_rate"
+    " 0.003 --label_dropout 0 --ema_decay 0.8 --micro_batch_size 32 --output_dir runs/cifar10-eps10": (
+        "dp-peft pretrain --kind pixel --dataset_name PATH_TO_OMNIGLOT --image_channels 3 --pixel_packing 2"
+        " --output_dir runs/omniglot-colour-base"
+    ),
     "dp-peft verify runs/audited --escrow_key ../keys/audited.json --dataset_name builtin:digits": (
         "dp-peft train --recipe digits --output_dir runs/audited --escrow_key ../keys/audited.json"
     ),
@@ -45,6 +51,7 @@ IN_SHORT = {
         "dp-peft pretrain --kind codes --dataset_name PATH_TO_PUBLIC_IMAGES --features runs/images-features/features"
     ),
     "dp-peft pretrain --kind features": "dp-peft pretrain --kind features --dataset_name PATH_TO_PUBLIC_IMAGES",
+    "dp-peft sample --relabel": "dp-peft sample --adapter runs/mnist-eps1 --relabel",
     "dp-peft train --pretrained_model_name_or_path merged": (
         "dp-peft train --pretrained_model_name_or_path merged --dataset_name path/to/images --epsilon 8"
     ),
@@ -110,7 +117,7 @@ def lay_out(line: str, stand_ins: StandIns, workplace) -> None:
     """Put there what a command names, but for the folder that it makes."""
     words = shlex.split(line, comments=True)
     made = {word for option, word in zip(words, words[1:], strict=False) if option == "--output_dir"}
-    for name in dict.fromkeys(word for word in words if word not in made):
+    for name in dict.fromkeys(word for word in words if word not in made and not (workplace / word).exists()):
         stand_ins.put(name, workplace, with_captions="--caption_column" in words)
 
 
@@ -122,6 +129,7 @@ def test_every_documented_command_runs(line, stand_ins, workplace, monkeypatch):
     line = IN_SHORT.get(line, line)
     lay_out(line, stand_ins, workplace)
     if line in AFTER:
+        lay_out(AFTER[line], stand_ins, workplace)
         assert type_in(AFTER[line]).exit_code == 0
     if line in AFTER_A_STOP:
         stop(AFTER_A_STOP[line], monkeypatch)

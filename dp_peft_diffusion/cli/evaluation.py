@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dp_peft_diffusion.evaluation.measurements import Images, Labelled, Wanted
 
 _REAL_IMAGES = ("dataset_name", "dataset_config_name", "split", "image_column", "label_column", "center_crop")
-_SAMPLER = ("scheduler", "num_inference_steps", "guidance_scale", "seed", "base")
+_SAMPLER = ("scheduler", "num_inference_steps", "guidance_scale", "seed", "relabel", "base")
 _COUNT = click.IntRange(min=1)
 CLASSIFIERS = "logistic_regression, mlp, cnn, cnn_dpdm, wrn_40_4, resnet_110"
 CHOICES = (
@@ -59,6 +59,7 @@ measurements = (
     click.option("--ensemble", default=1, show_default=True, type=_COUNT, help="Nets that vote, of each seed."),
     click.option("--epochs", type=_COUNT, help="Of each net.  [its protocol's]"),
     click.option("--flip", is_flag=True, help="Mirror half of the images in training; never for characters."),
+    click.option("--warp", is_flag=True, help="Turn, stretch and bend images a little in training, for characters."),
     click.option("--learning_curve", is_flag=True, help="Accuracy against the number of synthetic images."),
     click.option("--tuning", is_flag=True, help="Choose settings of the small CNN on synthetic images alone."),
     click.option(
@@ -262,8 +263,9 @@ def sampled(source: ImageSource, names: tuple[str, ...], count: int) -> tuple[np
     """Fresh images (count, c, h, w) uint8 of an adapter and their class positions (count,)."""
     import numpy as np
 
-    images = np.concatenate([batch.numpy() for _, batch in source.batches(range(count))])
-    return images, np.array([names.index(source.told(i)["label"]) for i in range(count)])
+    batches = [(images.numpy(), source.described(ids, images)) for ids, images in source.batches(range(count))]
+    labels = [names.index(row["label"]) for _, described in batches for row in described]
+    return np.concatenate([images for images, _ in batches]), np.array(labels)
 
 
 def show(result: dict[str, Any], output_dir: Path | None, style: str) -> None:

@@ -25,7 +25,7 @@ MAX_IMAGES = 1_000_003  # numbers of images that one seed has: `samplers.SEEDS_A
 
 
 def sampler_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--scheduler, --num_inference_steps, --guidance_scale and --seed."""
+    """--scheduler, --num_inference_steps, --guidance_scale, --seed and --relabel."""
     seeds = click.IntRange(0, MAX_SEED - 1)
     schedulers = "fidelity, utility, ddim, ddpm, dpmsolver++, or a diffusers class.  [the recipe's]"
     options = (
@@ -33,6 +33,7 @@ def sampler_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--num_inference_steps", type=click.IntRange(min=1), help="Denoising steps.  [the recipe's]"),
         click.option("--guidance_scale", type=click.FloatRange(min=0), help="1: none.  [the recipe's]"),
         click.option("--seed", default=0, show_default=True, type=seeds, help="Same seed, same images."),
+        click.option("--relabel", is_flag=True, help="Label images with what they show, by the adapter's codes."),
     )
     for option in reversed(options):
         command = option(command)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dp_peft_diffusion import recipe as recipes
 from dp_peft_diffusion.diffusion.base_model import BaseModel
+from dp_peft_diffusion.diffusion.code_classifier import CodeClassifier, code_classifier
 from dp_peft_diffusion.diffusion.conditions import LABEL, class_prompts, null_conditions
 from dp_peft_diffusion.diffusion.grids import to_pil
 from dp_peft_diffusion.diffusion.opening import open_model
@@ -25,6 +26,7 @@ class ImageSource:
     """A model, and what its images show: image i shows entry i of the labels, rows and prompts, taken in turn.
 
     sample: scheduler, num_inference_steps, guidance_scale and seed.
+    shown: says which class is written beside an image; None: the one that was asked for.
     """
 
     base: BaseModel
@@ -35,6 +37,7 @@ class ImageSource:
     batch_size: int
     dtype: torch.dtype
     device: torch.device | str
+    shown: CodeClassifier | None = None
 
     def batches(self, ids: range) -> Iterator[tuple[range, Tensor]]:
         """The ids of a batch and its images (n, c, side, side) uint8, for all of `ids`."""
@@ -69,9 +72,16 @@ class ImageSource:
         return null_conditions(self.base, len(ids))
 
     def told(self, i: int) -> dict[str, str]:
-        """What is written beside image i: its `label`, its `text`."""
+        """What image i was asked to show: its `label`, its `text`."""
         columns = {"label": self.labels, "text": self.prompts}
         return {name: entries[i % len(entries)] for name, entries in columns.items() if entries is not None}
+
+    def described(self, ids: range, images: Tensor) -> list[dict[str, str]]:
+        """What is written beside these images (n, c, side, side) uint8: a function of number and image alone."""
+        told = [self.told(i) for i in ids]
+        if self.shown is None:
+            return told
+        return [row | {"label": name} for row, name in zip(told, self.shown.classes(images), strict=True)]
 
 
 def open_source(
@@ -85,6 +95,7 @@ def open_source(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     seed: int = 0,
+    relabel: bool = False,
     base: str | None = None,
     batch_size: int | None = None,
     dtype: torch.dtype = torch.float32,
@@ -98,9 +109,11 @@ def open_source(
     unmerged: the adapters stay layers of stock peft.
     class_labels, prompts: taken in turn; None takes all classes of the first folder in turn. A class of several
         folders is the first one's. What is None is as in the first folder's recipe, its base too.
+    relabel: the label of an image is the class, of those taken, that it shows by the adapter's codes.
 
     Raises:
-        UserError: unknown class name, not an adapter folder, another base than it was trained on, or no prompts.
+        UserError: unknown class name, not an adapter folder, another base than it was trained on, no prompts, or no
+            codes to relabel by.
         PrivacyError: the files of a folder say what we never write.
     """
     places = [Path(folder) for folder in ([folders] if isinstance(folders, Path | str) else folders)]
@@ -113,15 +126,18 @@ def open_source(
         "guidance_scale": guidance_scale,
     }
     given = {key: value for key, value in given.items() if value is not None}
+    loaded = loaded.to(device)
+    rows = None if labels is None or loaded.text is not None else class_rows(recipes, labels)
     return ImageSource(
-        base=loaded.to(device),
+        base=loaded,
         sample=replace(recipes[0].sample, seed=seed, **given),
         labels=labels,
-        rows=None if labels is None or loaded.text is not None else class_rows(recipes, labels),
+        rows=rows,
         prompts=choose_prompts(loaded, recipes[0], prompts, labels, known),
         batch_size=batch_size or default_batch_size(loaded),
         dtype=dtype,
         device=device,
+        shown=code_classifier(loaded, labels, rows) if relabel else None,
     )
 
 
@@ -210,6 +226,7 @@ def generate(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     seed: int = 0,
+    relabel: bool = False,
     base: str | None = None,
     batch_size: int | None = None,
     dtype: torch.dtype = torch.float32,
@@ -234,14 +251,18 @@ def generate(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         seed=seed,
+        relabel=relabel,
         base=base,
         batch_size=batch_size,
         dtype=dtype,
         device=device,
     )
-    ids = range(first_image, first_image + num_images)
-    images = [image for _, batch in source.batches(ids) for image in to_pil(batch)]
-    return images, None if source.labels is None else [source.told(i)["label"] for i in ids]
+    images: list[Image.Image] = []
+    described: list[dict[str, str]] = []
+    for ids, batch in source.batches(range(first_image, first_image + num_images)):
+        images += to_pil(batch)
+        described += source.described(ids, batch)
+    return images, None if source.labels is None else [row["label"] for row in described]
 
 
 def class_indices(names: Sequence[str], wanted: Sequence[str] | None, num_images: int) -> list[int]:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+from dp_peft_diffusion.diffusion.warping import affine, bend
+
 CANVAS = 64  # side in which strokes are stored and thickened, before they shrink to the base's side
 DIHEDRAL = 8  # four quarter turns, each also mirrored: as many classes from one character
 STROKE_WIDTHS = (1, 3, 5, 7)  # side of the dilation window on the canvas, in pixels
@@ -33,7 +35,7 @@ def augment(
     """Thicken, turn, shear, bend, shrink and, if they may be soft, blur at random: (b, 1, side, side) in [-1, 1]."""
     thick = torch.cat([_thicken(part, generator) for part in (glyphs.float() / 255).tensor_split(8)])
     grid = F.affine_grid(_affine(turns, generator), [len(glyphs), 1, CANVAS, CANVAS], align_corners=False)
-    bent = F.grid_sample(thick, grid + _bend(len(glyphs), generator), align_corners=False)
+    bent = F.grid_sample(thick, grid + bend(len(glyphs), CANVAS, CANVAS, 0.07, generator), align_corners=False)
     small = F.interpolate(bent, size=(side, side), mode="area")
     soft = torch.cat([_soften(part, generator) for part in small.tensor_split(8)]) if soften else small
     gain = 0.8 + 0.6 * torch.rand(len(glyphs), 1, 1, 1, generator=generator)
@@ -54,18 +56,8 @@ def _affine(turns: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
     angle = uniform(-0.22, 0.22) + (turns % 4) * (math.pi / 2)  # radians
     fill, aspect, shear = uniform(0.6, 1.0), uniform(-0.25, 0.25).exp(), uniform(-0.35, 0.35)
-    cos, sin, mirror = angle.cos(), angle.sin(), 1.0 - 2.0 * (turns // 4)
-    rotation = torch.stack([torch.stack([cos * mirror, -sin * mirror], 1), torch.stack([sin, cos], 1)], 1)
-    zero = torch.zeros(b)
-    stretch = torch.stack([torch.stack([1 / (fill * aspect), shear], 1), torch.stack([zero, aspect / fill], 1)], 1)
     shift = torch.stack([uniform(-0.12, 0.12), uniform(-0.12, 0.12)], 1)
-    return torch.cat([rotation @ stretch, shift[:, :, None]], dim=2)
-
-
-def _bend(b: int, generator: torch.Generator) -> torch.Tensor:
-    """A smooth random displacement of the grid: (b, CANVAS, CANVAS, 2)."""
-    coarse = 0.07 * torch.randn(b, 2, 4, 4, generator=generator)
-    return F.interpolate(coarse, size=(CANVAS, CANVAS), mode="bicubic").permute(0, 2, 3, 1)
+    return affine(angle, fill, aspect, shear, shift, mirror=1.0 - 2.0 * (turns // 4))
 
 
 def _soften(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -53,7 +53,7 @@ def write_images(
             if shard == 0:
                 _write_grid(folder / "grid.png", files)
     if not parquet:
-        _write_metadata(images / "metadata.csv", source, range(first_image, stop))
+        _write_metadata(images / "metadata.csv", source, range(first_image, stop), size)
 
 
 def check_folder(folder: Path) -> None:
@@ -82,6 +82,7 @@ def describe(source: ImageSource) -> dict[str, object]:
         "guidance_scale": sample.guidance_scale,
         "seed": sample.seed,
         "dtype": str(source.dtype).removeprefix("torch."),
+        "relabel": source.shown is not None,
     }
 
 
@@ -117,11 +118,13 @@ def _png_name(i: int) -> str:
 
 def _write_shard(files: list[Path], source: ImageSource, ids: range, parquet: bool, bar: tqdm) -> None:
     encoded: list[bytes] = []
+    described: list[dict[str, str]] = []
     for batch, images in source.batches(ids):
         encoded += [_png(image) for image in to_pil(images)]
+        described += source.described(batch, images)
         bar.update(len(batch))
     if parquet:
-        write_durably(files[0], _as_parquet(encoded, source, ids))
+        write_durably(files[0], _as_parquet(encoded, described, ids))
         return
     for path, content in zip(files, encoded, strict=True):
         partial_of(path).write_bytes(content)
@@ -135,23 +138,36 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _as_parquet(encoded: list[bytes], source: ImageSource, ids: range) -> bytes:
+def _as_parquet(encoded: list[bytes], described: list[dict[str, str]], ids: range) -> bytes:
     """A shard with the columns image, label, text (those there are), typed as `datasets` has images."""
-    told = [source.told(i) for i in ids]
     columns: dict = {"image": [{"bytes": c, "path": _png_name(i)} for i, c in zip(ids, encoded, strict=True)]}
-    columns |= {name: [row[name] for row in told] for name in told[0]}
-    features = datasets.Features({"image": datasets.Image()} | {name: datasets.Value("string") for name in told[0]})
+    columns |= {name: [row[name] for row in described] for name in described[0]}
+    texts = {name: datasets.Value("string") for name in described[0]}
+    features = datasets.Features({"image": datasets.Image()} | texts)
     buffer = BytesIO()
     pq.write_table(pa.table(columns, schema=features.arrow_schema), buffer)
     return buffer.getvalue()
 
 
-def _write_metadata(path: Path, source: ImageSource, ids: range) -> None:
+def _write_metadata(path: Path, source: ImageSource, ids: range, at_once: int) -> None:
+    """One line for each image. A label that says what an image shows is found from its file, whoever made that."""
     with open(partial_of(path), "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["file_name", *source.told(ids.start)])
-        writer.writerows([_png_name(i), *source.told(i).values()] for i in ids)
+        for start in range(ids.start, ids.stop, at_once):
+            part = range(start, min(ids.stop, start + at_once))
+            if source.shown is None:
+                described = [source.told(i) for i in part]
+            else:
+                described = source.described(part, _pixels([(path.parent / _png_name(i)).read_bytes() for i in part]))
+            writer.writerows([_png_name(i), *row.values()] for i, row in zip(part, described, strict=True))
     move_durably(partial_of(path), path)
+
+
+def _pixels(contents: list[bytes]) -> torch.Tensor:
+    """(n, c, side, side) uint8 of PNG files."""
+    arrays = [np.atleast_3d(np.array(Image.open(BytesIO(content)))) for content in contents]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
 def _write_grid(path: Path, files: list[Path]) -> None:
@@ -162,8 +178,6 @@ def _write_grid(path: Path, files: list[Path]) -> None:
     else:
         contents = [file.read_bytes() for file in files[:GRID_IMAGES]]
     side = Image.open(BytesIO(contents[0])).width
-    contents = contents[: max(1, GRID_SIDE // side) ** 2]
-    arrays = [np.atleast_3d(np.array(Image.open(BytesIO(content)))) for content in contents]
-    images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+    images = _pixels(contents[: max(1, GRID_SIDE // side) ** 2])
     grid = image_grid(images, columns=min(20, int(len(images) ** 0.5)), zoom=2 if side <= 64 else 1)
     write_durably(path, _png(grid))

@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor, nn
 
+from dp_peft_diffusion.diffusion.warping import affine, bend
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.evaluation.classifier_nets import Shape, dpdm_cnn, resnet, small_cnn, wide_resnet
 
@@ -31,6 +32,7 @@ class Training:
     drops: shares of the epochs after which the learning rate falls to a fifth.
     shift: share of the shorter side that an image is moved by at most; its edges are repeated.
     flip: mirror half of the images. Only for classes that a mirror does not change: never for characters.
+    warp: turn, stretch, shear and bend every image a little.
 
     Raises:
         UserError: a number out of range.
@@ -44,6 +46,7 @@ class Training:
     drops: tuple[float, ...] = ()
     shift: float = 0.0
     flip: bool = False
+    warp: bool = False
 
     def __post_init__(self) -> None:
         for name, least, most in (("epochs", 1, 10**6), ("batch_size", 1, 10**9), ("shift", 0, 0.5)):
@@ -174,13 +177,13 @@ def _as_input(images: Tensor) -> Tensor:
 
 
 def _augmented(images: Tensor, training: Training, generator: torch.Generator) -> Tensor:
-    """(b, c, h, w) uint8, each image moved and mirrored by its own draw; drawn on the CPU, so alike on every device."""
+    """(b, c, h, w) uint8, each image changed by its own draw; drawn on the CPU, so alike on every device."""
     if training.shift:
         images = _shift(images, int(min(images.shape[2:]) * training.shift), generator)
     if training.flip:
         mirrored = torch.rand(len(images), generator=generator).to(images.device) < 0.5
         images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-    return images
+    return _warp(images, generator) if training.warp else images
 
 
 def _shift(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
@@ -192,6 +195,22 @@ def _shift(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
     each = torch.arange(b, device=images.device)
     moved = images[each[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # (b, h, w, c)
     return moved.permute(0, 3, 1, 2)
+
+
+def _warp(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image turned by up to 0.2 radians, stretched, sheared and bent by its own draw; edges repeat."""
+    b, _, h, w = images.shape
+
+    def uniform(most: float) -> Tensor:
+        return most * (2 * torch.rand(b, generator=generator) - 1)
+
+    angle, size, aspect, shear = uniform(0.2), uniform(0.12).exp(), uniform(0.12).exp(), uniform(0.2)
+    looks = affine(angle, size, aspect, shear, shift=torch.zeros(b, 2), mirror=torch.ones(b))
+    grid = nn.functional.affine_grid(looks, [b, 1, h, w], align_corners=False) + bend(b, h, w, 0.04, generator)
+    warped = nn.functional.grid_sample(
+        images.float(), grid.to(images.device), padding_mode="border", align_corners=False
+    )
+    return warped.round().to(torch.uint8)
 
 
 def _logistic_regression(images: np.ndarray, labels: np.ndarray, tested_images: np.ndarray) -> np.ndarray:

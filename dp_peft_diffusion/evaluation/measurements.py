@@ -37,7 +37,7 @@ class Wanted:
     Attributes:
         classifiers: names from `classifiers.NAMES`.
         seed, num_seeds, ensemble: as `utility.train_and_test` takes them.
-        epochs, flip: in place of what each classifier's protocol says, if not None and not False.
+        epochs, flip, warp: in place of what each classifier's protocol says, if not None and not False.
         evaluation_resolution: side that images are resized to; None: as they are. Membership test and private
             classifier look at images as the base sees them.
         learning_curve, tuning: more of the synthetic images alone.
@@ -51,6 +51,7 @@ class Wanted:
     ensemble: int
     epochs: int | None
     flip: bool
+    warp: bool
     evaluation_resolution: int | None
     learning_curve: bool
     tuning: bool
@@ -79,7 +80,7 @@ class Wanted:
     @property
     def changes(self) -> dict[str, Any]:
         """What is not as each classifier's protocol has it."""
-        return {name: value for name in ("epochs", "flip") if (value := getattr(self, name))}
+        return {name: value for name in ("epochs", "flip", "warp") if (value := getattr(self, name))}
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,52 @@ def test_a_flip_mirrors_some_images_left_to_right_and_only_when_told():
     assert not any(training.flip for training in PROTOCOLS.values())
 
 
+def warped_ramps():
+    """Of 300 warps of a ramp to the right and one down: the maps (300, 2, 2) that were fitted, and what they leave.
+
+    Sampling between pixels keeps a ramp a ramp: its slopes are the affine map, and what no plane fits is the bend.
+    """
+    side, inner = 65, slice(16, -16)  # no edge is seen from the inner pixels
+    steps = torch.arange(side) - side // 2.0
+    right, down = steps.expand(side, side), steps[:, None].expand(side, side)
+    images = (128 + 3 * torch.stack([right, down])).to(torch.uint8).expand(300, 2, side, side)
+    training = Training(1, 0.1, 1, warp=True)
+    warped = classifiers._augmented(images, training, torch.Generator().manual_seed(0))
+    assert warped.dtype == torch.uint8
+    seen = warped[:, :, inner, inner].double().flatten(0, 1).flatten(1) / 3  # (600, 33 * 33)
+    plane = torch.stack([right[inner, inner].flatten(), down[inner, inner].flatten()], dim=1).double()
+    plane = torch.cat([plane, torch.ones_like(plane[:, :1])], dim=1)
+    slopes = torch.linalg.lstsq(plane, seen.T).solution  # (3, 600)
+    return slopes[:2].T.unflatten(0, (300, 2)), seen.T - plane @ slopes
+
+
+def test_a_warp_turns_stretches_and_shears_each_image_by_its_own_draw(monkeypatch):
+    monkeypatch.setattr(classifiers, "bend", lambda b, h, w, *_: torch.zeros(b, h, w, 2))
+    maps, rest = warped_ramps()
+    angle = torch.atan2(maps[:, 1, 0], maps[:, 0, 0])
+    turned_back = torch.stack(
+        [torch.stack([angle.cos(), angle.sin()], 1), torch.stack([-angle.sin(), angle.cos()], 1)], 1
+    )
+    stretch = turned_back @ maps  # [[1 / (size * aspect), shear], [0, aspect / size]]
+    size, aspect = -stretch.det().log() / 2, (stretch[:, 1, 1] / stretch[:, 0, 0]).log() / 2
+    for drawn, most in ((angle, 0.2), (size, 0.12), (aspect, 0.12), (stretch[:, 0, 1], 0.2)):
+        assert -1.04 * most < drawn.min() < -0.9 * most and 0.9 * most < drawn.max() < 1.04 * most
+    assert rest.std() < 0.4  # rounding to bytes
+
+
+def test_a_warp_bends_too_and_no_protocol_warps():
+    _, rest = warped_ramps()
+    assert 0.5 < rest.std() < 1.3  # 0.04 half sides are 1.3 pixels, of which the plane takes some
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 3, 6, 9), dtype=np.uint8))
+    assert torch.equal(classifiers._augmented(images, Training(1, 0.1, 1), torch.Generator()), images)
+    assert not any(training.warp for training in PROTOCOLS.values())
+
+
+def test_a_warp_leaves_a_blank_image_blank():
+    images = torch.full((20, 3, 9, 14), 200, dtype=torch.uint8)
+    assert torch.equal(classifiers._warp(images, torch.Generator().manual_seed(0)), images)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (4, 5, 9), (3, 33, 18)])
 @pytest.mark.parametrize(
     "make_net", [small_cnn, dpdm_cnn, *TINY_NETS.values()], ids=["cnn", "cnn_dpdm", "wide_resnet", "resnet"]

@@ -25,9 +25,10 @@ PRIVATE_CLASSIFIER |= {"earlier_classifiers": 0, "not_counted": []}
 
 
 def wanted(**changes):
-    nothing = dict.fromkeys(("learning_curve", "tuning", "reference", "memorization", "membership"), False)
+    looks = ("learning_curve", "tuning", "reference", "memorization", "membership", "private_classifier")
+    nothing = dict.fromkeys((*looks, "flip", "warp"), False)
     options = {"classifiers": ("logistic_regression", "cnn"), "seed": 0, "num_seeds": 1, "ensemble": 1, "epochs": 1}
-    options |= {"flip": False, "evaluation_resolution": None, "features": (), "private_classifier": False}
+    options |= {"evaluation_resolution": None, "features": ()}
     return Wanted(**{**nothing, **options, **changes})
 
 

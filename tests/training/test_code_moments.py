@@ -1,6 +1,7 @@
 """`--adapter code_moments`: one whole run, what it shares, and what it refuses."""
 
 import copy
+import csv
 import dataclasses
 import json
 import re
@@ -119,6 +120,22 @@ def test_images_take_the_rows_of_their_class_in_turn(whole, place):
     assert all((table[i] - table[i + 2]).abs().max() > 1e-3 for i in range(1, 5)), "rows of a class differ"
     images, labels = generate(folder, num_images=3, num_inference_steps=1, base=str(place / "base"))
     assert labels == ["dark", "light", "dark"] and images[0].size == (16, 16)
+
+
+def test_relabelled_images_are_the_same_images_with_the_classes_they_show(whole, place, tmp_path):
+    _, folder = whole
+    options = {"num_images": 6, "base": str(place / "base"), "num_inference_steps": 1, "seed": 2}
+    plain, asked = generate(folder, **options)
+    images, labels = generate(folder, relabel=True, **options)
+    assert all(np.array_equal(a, b) for a, b in zip(plain, images, strict=True)) and asked == list(NAMES) * 3
+    shown = open_source(folder, base=options["base"], relabel=True).shown
+    assert labels == shown.classes(torch.from_numpy(np.stack([np.array(image)[None] for image in images])))
+    assert labels != asked, "an untrained net draws what nobody asked for"
+    words = ["--base", options["base"], "--num_images", "6", "--num_inference_steps", "1", "--seed", "2", "--relabel"]
+    out = ["--output_dir", str(tmp_path / "out")]
+    assert CliRunner().invoke(main, ["sample", "--adapter", str(folder), *words, *out]).exit_code == 0
+    with open(tmp_path / "out" / "images" / "metadata.csv") as file:
+        assert [row["label"] for row in csv.DictReader(file)] == labels
 
 
 def test_without_noise_rows_are_drawn_from_the_moments_of_the_images_codes(recipe, place, tmp_path):
