@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dp_peft_diffusion.diffusion.code_moments import CodeMoments
 from dp_peft_diffusion.privacy import accounting, planning
 from dp_peft_diffusion.privacy.promise import composed_event
 from dp_peft_diffusion.recipe import Data
@@ -153,6 +154,8 @@ def utility_lines(prepared: "Prepared") -> list[tuple[str, str]]:
     """What to expect of the result, from public quantities only."""
     if prepared.recipe.privacy.no_privacy:
         return []
+    if isinstance(sums := prepared.adapter.class_rows, CodeMoments):
+        return [("Utility", sums.outlook())]
     mechanism = prepared.mechanism
     d = sum(p.numel() for p in prepared.adapter.trainable.values())
     return [("Utility", planning.outlook(mechanism, d))]

@@ -2,6 +2,7 @@
 
     python docs/scripts/gallery.py measure digits-eps1 --images digits --dataset_name builtin:digits --split report
     python docs/scripts/gallery.py        # writes the tables between the marks of the page
+    python docs/scripts/gallery.py together FOLDER...       # what releases from the same images cost together
 
 `measure` runs `dp-peft evaluate` on a released folder and keeps what no certificate says: accuracies on held-out
 images, and the command. Folders stand in measured.json in the order in which they were trained.
@@ -9,6 +10,7 @@ images, and the command. Folders stand in measured.json in the order in which th
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from click.testing import CliRunner
@@ -90,8 +92,8 @@ def accuracy(found: dict) -> str:
     return f"{100 * found['accuracy']:.1f}" + (f" ± {100 * spread:.1f} %" if spread is not None else " %")
 
 
-def joint_epsilon(names: list[str]) -> tuple[float, float]:
-    """What all these releases cost one record together: (epsilon, delta), by composition of their mechanisms."""
+def joint_epsilon(names: Sequence[str | Path]) -> tuple[float, float]:
+    """What all these releases, here or in other folders, cost one record together, by composition: (epsilon, delta)."""
     promises = [promise_of(certificate.read(ADAPTERS / name)) for name in names]
     delta, mechanism = max(promise.delta for promise in promises), promises[0].mechanism
     first, *others = read_prior([ADAPTERS / name for name in names], mechanism)
@@ -129,7 +131,12 @@ if __name__ == "__main__":
     measuring = commands.add_parser("measure")
     measuring.add_argument("name")
     measuring.add_argument("--images", required=True, help="as the table calls them")
+    joining = commands.add_parser("together")
+    joining.add_argument("folders", nargs="+", type=Path)
     given, options = parser.parse_known_args()
+    if given.command == "together":
+        print("epsilon {:g}, delta {:g}".format(*joint_epsilon([folder.resolve() for folder in given.folders])))
+        raise SystemExit
     if given.command == "measure":
         measure(given.name, given.images, options)
     PAGE.write_text(rendered(PAGE.read_text()))

@@ -85,6 +85,14 @@ class CodeMoments(nn.Module):
             self._drawn = sums.clone(), drawn.transpose(0, 1).flatten(0, 1).float()
         return self._drawn[1]
 
+    def outlook(self) -> str:
+        """A sentence of what the noise leaves, from public quantities only."""
+        known_to = self.noise_of_mean * len(self.sums.weight) / self.weights[1]
+        return (
+            f"in a class of an even share, each number of the mean code is known to {known_to:.1g}; those of a code "
+            f"have root mean square {len(self.directions) ** -0.5:.2g}"
+        )
+
     @torch.no_grad()
     def write_to(self, layer: Any) -> None:
         """Give the rows to a stock LoRA on the class table: B is the frozen directions, A the codes."""

@@ -106,7 +106,7 @@ def difference_of_base(base: BaseModel, folder: Path) -> str | None:
         return None
     found = {
         "sha256": ("weights", base.sha256),
-        "parts_sha256": ("autoencoder or text encoders", base.parts_digest),
+        "parts_sha256": ("autoencoder, text encoders or code encoder", base.parts_digest),
     }
     if holds_whole_model(folder):
         del found["sha256"]

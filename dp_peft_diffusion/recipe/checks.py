@@ -180,7 +180,7 @@ _ONE_SUM: dict[str, dict[str, Any]] = {
         "lr_scheduler": "constant", "snr_gamma": None, "timestep_distribution": None, "timestep_range": None,
     },
     "privacy": {"clipping": "flat"},
-    "adapter": {"class_code_rank": None},
+    "adapter": {"class_code_rank": None, "rank": 4, "lora_alpha": None},
 }  # fmt: skip
 
 

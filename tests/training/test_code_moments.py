@@ -26,7 +26,9 @@ from dp_peft_diffusion.diffusion.code_moments import draw, gaussians_of
 from dp_peft_diffusion.diffusion.generation import generate, open_source
 from dp_peft_diffusion.errors import UserError
 from dp_peft_diffusion.plan import plan_text
+from dp_peft_diffusion.privacy import certificate
 from dp_peft_diffusion.privacy.certificate import verify
+from dp_peft_diffusion.privacy.composition import promise_of
 from dp_peft_diffusion.recipe import Adapter, Data, Model, Privacy, Recipe, Sample, load_recipe, validate
 from dp_peft_diffusion.resolution import resolve
 from dp_peft_diffusion.training import prepare, run, train
@@ -94,6 +96,14 @@ def test_the_plan_shows_one_gaussian_over_all_images(whole):
     plan, _ = whole
     assert "1 updates, Poisson q = 1" in plan and "code_moments on class_embedding: 30 trainable" in plan
     assert "clipping 30 of 30 trainable parameters in 1 tensors, by hooks" in plan
+
+
+def test_the_plan_says_how_well_a_mean_code_is_known_and_offers_no_smaller_adapter(whole):
+    plan, folder = whole
+    sigma = promise_of(certificate.read(folder)).mechanism.noise_multiplier
+    known_to = sigma / (N // 2) * np.hypot(0.15, np.hypot(0.7, 0.7)) / 0.7
+    assert f"each number of the mean code is known to {known_to:.1g}; those of a code have root mean square 0.5" in plan
+    assert "fewer" not in plan and "trainable parameters instead" not in plan
 
 
 def test_the_price_is_that_of_the_gaussian_mechanism():
@@ -203,6 +213,7 @@ def test_rows_reckon_with_the_noise_that_the_run_has(recipe, tmp_path):
         ("train", {"ema_decay": 0.5}, "--ema_decay 0"),
         ("train", {"mixed_precision": "bf16"}, "--mixed_precision no"),
         ("adapter", {"class_code_rank": 4}, "--class_code_rank none"),
+        ("adapter", {"rank": 8}, "--rank 4"),
     ],
 )
 def test_an_option_of_descent_is_refused_with_what_to_type(recipe, section, value, typed):
