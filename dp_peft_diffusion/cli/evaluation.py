@@ -59,7 +59,7 @@ measurements = (
     click.option("--ensemble", default=1, show_default=True, type=_COUNT, help="Nets that vote, of each seed."),
     click.option("--epochs", type=_COUNT, help="Of each net.  [its protocol's]"),
     click.option("--flip", is_flag=True, help="Mirror half of the images in training; never for characters."),
-    click.option("--warp", is_flag=True, help="Turn, stretch and bend images a little in training, for characters."),
+    click.option("--warp", is_flag=True, help="Nets of convolutions see images turned, bent; for characters."),
     click.option("--learning_curve", is_flag=True, help="Accuracy against the number of synthetic images."),
     click.option("--tuning", is_flag=True, help="Choose settings of the small CNN on synthetic images alone."),
     click.option(
@@ -215,6 +215,8 @@ def opened(
         encoder = PixelEncoder(resolution=source.base.resolution, image_channels=source.base.image_channels)
         synthetic = partial(sampled, source, names, settings["num_images"])
     else:
+        if settings["relabel"]:
+            raise UserError("--relabel: these images have their labels. Sample them with dp-peft sample --relabel.")
         names = names or listed_classes(data)
         loaded = load_synthetic(path, names)
         encoder = PixelEncoder(resolution=loaded[0].shape[2], image_channels=loaded[0].shape[1])

@@ -33,7 +33,7 @@ def sampler_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--num_inference_steps", type=click.IntRange(min=1), help="Denoising steps.  [the recipe's]"),
         click.option("--guidance_scale", type=click.FloatRange(min=0), help="1: none.  [the recipe's]"),
         click.option("--seed", default=0, show_default=True, type=seeds, help="Same seed, same images."),
-        click.option("--relabel", is_flag=True, help="Label images with what they show, by the adapter's codes."),
+        click.option("--relabel", is_flag=True, help="Label an image with the class it shows; of code_moments."),
     )
     for option in reversed(options):
         command = option(command)

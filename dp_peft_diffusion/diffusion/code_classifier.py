@@ -25,7 +25,7 @@ class CodeClassifier:
 
     @torch.no_grad()
     def classes(self, images: Tensor) -> list[str]:
-        """The class of each image (n, c, side, side) uint8 whose Gaussian is densest at its code."""
+        """For each image (n, c, side, side) uint8 that one of `labels` whose Gaussian is densest at its code."""
         codes = self.encoder(images.to(self.encoder.device) / 127.5 - 1).double().cpu()  # (n, d)
         return [self.labels[place] for place in log_densities(codes, self.mean, self.covariance).argmax(dim=1)]
 
@@ -37,27 +37,43 @@ def code_classifier(base: BaseModel, labels: Sequence[str] | None, rows: Sequenc
     labels: of the classes. rows: theirs in the class table; entry i is of class i % len(labels).
 
     Raises:
-        UserError: the base is told no codes, there are no classes, or a class has a single row.
+        UserError: the base is told no codes, there are no classes, or what their rows say is too little or no code.
     """
-    of_class = [rows[place :: len(labels)] for place in range(len(labels))] if labels and rows else []
-    if base.codes is None or not labels or min((len(set(own)) for own in of_class), default=0) < 2:
+    if base.codes is None or not labels or not rows:
         raise UserError(
-            "--relabel asks the class rows of an adapter what a class looks like, many for each class, and here are "
-            "none or too few. Leave it out, or train with --adapter code_moments."
+            f"--relabel needs classes, and a base that is told codes of images. Base {base.name!r} and this adapter "
+            "have not both. Leave it out, or train with --adapter code_moments."
         )
-    means, covariances = zip(*(moments_of_rows(base, own) for own in of_class), strict=True)
-    return CodeClassifier(tuple(labels), base.codes, torch.stack(means), torch.stack(covariances))
+    own = {name: {row for i, row in enumerate(rows) if labels[i % len(labels)] == name} for name in labels}
+    moments = [moments_of_rows(base, sorted(of_class), name) for name, of_class in own.items()]
+    mean, covariance = (torch.stack(parts) for parts in zip(*moments, strict=True))
+    return CodeClassifier(tuple(own), base.codes, mean, covariance)
 
 
 @torch.no_grad()
-def moments_of_rows(base: BaseModel, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Mean (d,) and covariance (d, d) of the codes that rows of the class table stand for.
+def moments_of_rows(base: BaseModel, rows: Sequence[int], label: str) -> tuple[Tensor, Tensor]:
+    """Mean (d,) and covariance (d, d), positive definite, of the codes that rows of the class table stand for.
 
     Few codes make a poor covariance: it is shrunk as in Ledoit and Wolf (2004), "A well-conditioned estimator for
     large-dimensional covariance matrices".
+
+    Raises:
+        UserError: too few rows, or rows that are no codes; `label` is their class.
     """
-    told = base.unet.class_embedding(torch.tensor(rows, device=base.unet.device)).double().cpu()  # (n, dim)
     directions = unit_code_directions(base).double().cpu()  # (d, dim): told = codes @ directions
-    codes = torch.linalg.lstsq(directions.T, told.T).solution.T
+    needed = max(3, len(directions) // 2)  # measured: a fifth of that labels worse than what was asked for
+    if len(rows) < needed:
+        raise UserError(
+            f"--relabel: class {label!r} has {len(rows)} class rows, which say too little of what it looks like. Leave "
+            f"it out, or train with --adapter code_moments and --rows_per_class {needed} or more."
+        )
+    told = base.unet.class_embedding(torch.tensor(rows, device=base.unet.device)).double().cpu()  # (n, dim)
+    codes = torch.linalg.lstsq(directions.T, told.T).solution.T  # (n, d)
+    unlike = (codes @ directions - told).norm() / told.norm()
+    if torch.linalg.matrix_rank(directions) < len(directions) or not unlike < 1e-3:  # nor zeros, whose share is nan
+        raise UserError(
+            f"--relabel: the rows of class {label!r} stand for no codes of base {base.name!r}. Leave it out, or give "
+            "the base and the weight of the adapter that they were made with."
+        )
     codes = torch.nn.functional.normalize(codes, dim=1)  # an adapter's weight makes them longer or shorter
     return codes.mean(dim=0), torch.from_numpy(ledoit_wolf(codes.numpy())[0])

@@ -26,7 +26,7 @@ class ImageSource:
     """A model, and what its images show: image i shows entry i of the labels, rows and prompts, taken in turn.
 
     sample: scheduler, num_inference_steps, guidance_scale and seed.
-    shown: says which class is written beside an image; None: the one that was asked for.
+    shown: says which of the classes is written beside an image; None: the one that was asked for.
     """
 
     base: BaseModel
@@ -117,6 +117,8 @@ def open_source(
         PrivacyError: the files of a folder say what we never write.
     """
     places = [Path(folder) for folder in ([folders] if isinstance(folders, Path | str) else folders)]
+    if relabel and weights is not None and min(weights) <= 0:
+        raise UserError("--relabel asks an adapter's class rows what classes look like: --adapter_weight above 0.")
     loaded, recipes = open_model(places, [1.0] * len(places) if weights is None else weights, base, unmerged)
     known = known_classes(loaded, recipes)
     labels = choose_labels(known, recipes[0], class_labels, prompts)

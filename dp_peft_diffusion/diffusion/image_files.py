@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def write_images(
             if shard == 0:
                 _write_grid(folder / "grid.png", files)
     if not parquet:
-        _write_metadata(images / "metadata.csv", source, range(first_image, stop), size)
+        _write_metadata(images / "metadata.csv", source, range(first_image, stop))
 
 
 def check_folder(folder: Path) -> None:
@@ -92,7 +93,7 @@ def _begin(folder: Path, record: dict[str, object]) -> None:
         write_durably(folder / RECORD, (json.dumps(record, indent=2) + "\n").encode())
         return
     try:
-        before = dict(json.loads((folder / RECORD).read_bytes()))
+        before = {"relabel": False} | dict(json.loads((folder / RECORD).read_bytes()))  # once there was no relabel
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / RECORD} cannot be read: {error}. Choose another --output_dir.") from error
     differences = [
@@ -121,7 +122,7 @@ def _write_shard(files: list[Path], source: ImageSource, ids: range, parquet: bo
     described: list[dict[str, str]] = []
     for batch, images in source.batches(ids):
         encoded += [_png(image) for image in to_pil(images)]
-        described += source.described(batch, images)
+        described += source.described(batch, images) if parquet else []
         bar.update(len(batch))
     if parquet:
         write_durably(files[0], _as_parquet(encoded, described, ids))
@@ -149,35 +150,43 @@ def _as_parquet(encoded: list[bytes], described: list[dict[str, str]], ids: rang
     return buffer.getvalue()
 
 
-def _write_metadata(path: Path, source: ImageSource, ids: range, at_once: int) -> None:
-    """One line for each image. A label that says what an image shows is found from its file, whoever made that."""
+def _write_metadata(path: Path, source: ImageSource, ids: range) -> None:
+    """One line for each image. What an image shows is found from its file, which an earlier call may have written."""
     with open(partial_of(path), "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["file_name", *source.told(ids.start)])
-        for start in range(ids.start, ids.stop, at_once):
-            part = range(start, min(ids.stop, start + at_once))
+        for start in range(ids.start, ids.stop, source.batch_size):
+            batch = range(start, min(ids.stop, start + source.batch_size))
             if source.shown is None:
-                described = [source.told(i) for i in part]
+                described = [source.told(i) for i in batch]
             else:
-                described = source.described(part, _pixels([(path.parent / _png_name(i)).read_bytes() for i in part]))
-            writer.writerows([_png_name(i), *row.values()] for i, row in zip(part, described, strict=True))
+                described = source.described(batch, _pixels([path.parent / _png_name(i) for i in batch]))
+            writer.writerows([_png_name(i), *row.values()] for i, row in zip(batch, described, strict=True))
     move_durably(partial_of(path), path)
 
 
-def _pixels(contents: list[bytes]) -> torch.Tensor:
-    """(n, c, side, side) uint8 of PNG files."""
-    arrays = [np.atleast_3d(np.array(Image.open(BytesIO(content)))) for content in contents]
+def _pixels(files: Sequence[Path | BytesIO]) -> torch.Tensor:
+    """(n, c, side, side) uint8 of PNG files.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    arrays = []
+    for file in files:
+        try:
+            arrays.append(np.atleast_3d(np.array(Image.open(file))))
+        except OSError as error:
+            raise UserError(f"{file} is no image ({error}). Remove it, and type the command again.") from error
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
 def _write_grid(path: Path, files: list[Path]) -> None:
     """A grid of the first images of a shard that is written."""
+    opened: Sequence[Path | BytesIO] = files[:GRID_IMAGES]
     if files[0].suffix == ".parquet":
         rows = pq.ParquetFile(files[0]).iter_batches(GRID_IMAGES, columns=["image"])
-        contents = [row["image"]["bytes"] for row in next(rows).to_pylist()]
-    else:
-        contents = [file.read_bytes() for file in files[:GRID_IMAGES]]
-    side = Image.open(BytesIO(contents[0])).width
-    images = _pixels(contents[: max(1, GRID_SIDE // side) ** 2])
+        opened = [BytesIO(row["image"]["bytes"]) for row in next(rows).to_pylist()]
+    side = Image.open(opened[0]).width
+    images = _pixels(opened[: max(1, GRID_SIDE // side) ** 2])
     grid = image_grid(images, columns=min(20, int(len(images) ** 0.5)), zoom=2 if side <= 64 else 1)
     write_durably(path, _png(grid))

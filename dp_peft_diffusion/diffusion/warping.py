@@ -21,6 +21,6 @@ def affine(
 
 
 def bend(b: int, height: int, width: int, deviation: float, generator: torch.Generator) -> Tensor:
-    """A smooth random displacement of a grid, of this standard deviation in half sides: (b, height, width, 2)."""
+    """A smooth random displacement of a grid, of about this deviation, in half sides: (b, height, width, 2)."""
     coarse = deviation * torch.randn(b, 2, 4, 4, generator=generator)
     return F.interpolate(coarse, size=(height, width), mode="bicubic").permute(0, 2, 3, 1)

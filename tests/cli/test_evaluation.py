@@ -105,10 +105,25 @@ def test_a_run_is_sampled_in_its_own_classes_as_it_is_told_and_else_as_its_recip
     assert found["num_synthetic_images"] == 6 and found["class_names"] == list(NAMES)
     told = ["--scheduler", "utility", "--guidance_scale", 2, "--seed", 3, "--base", place / "bases" / "tiny"]
     measured(place / "run", "--dataset_name", place / "real", *SAMPLED, *told, *QUICK)
-    names = ("class_labels", "scheduler", "num_inference_steps", "guidance_scale", "seed", "base")
+    names = ("class_labels", "scheduler", "num_inference_steps", "guidance_scale", "seed", "base", "relabel")
     first, second = ({name: settings[name] for name in names} for _, settings in asked)
-    assert first == dict(zip(names, (NAMES, None, 1, None, 0, None), strict=True))
-    assert second == dict(zip(names, (NAMES, "utility", 1, 2.0, 3, str(place / "bases" / "tiny")), strict=True))
+    assert first == dict(zip(names, (NAMES, None, 1, None, 0, None, False), strict=True))
+    assert second == dict(zip(names, (NAMES, "utility", 1, 2.0, 3, str(place / "bases" / "tiny"), False), strict=True))
+    refused = invoke(place / "run", "--dataset_name", place / "real", *SAMPLED, "--relabel", *QUICK)
+    assert asked[2][1]["relabel"] and refused.exit_code == 2 and "--relabel needs classes, and a base" in refused.stderr
+
+
+def test_images_that_have_labels_are_not_relabelled(place):
+    words = ["--dataset_name", place / "real", "--class_names", "top,bottom", "--relabel"]
+    refused = invoke(place / "folder", *words)
+    assert refused.exit_code == 2 and "dp-peft sample --relabel" in refused.stderr
+
+
+def test_options_of_training_reach_the_classifiers(place):
+    words = [place / "folder", "--dataset_name", place / "real", "--class_names", "top,bottom", "--epochs", "2"]
+    trained = measured(*words, "--warp", "--flip")["cnn"]["training"]
+    assert (trained["epochs"], trained["warp"], trained["flip"]) == (2, True, True)
+    assert not measured(*words)["cnn"]["training"]["warp"]
 
 
 def test_the_images_of_a_run_are_those_of_sample_with_their_classes(place):

@@ -19,7 +19,7 @@ from tiny_models import tiny_image_folder
 from tiny_runs import KEY, changed
 
 from dp_peft_diffusion import training
-from dp_peft_diffusion.cli import main
+from dp_peft_diffusion.cli import evaluation, main
 from dp_peft_diffusion.diffusion.adapters import inject_adapter
 from dp_peft_diffusion.diffusion.base_model import load_base
 from dp_peft_diffusion.diffusion.code_moments import draw, gaussians_of
@@ -141,6 +141,13 @@ def test_relabelled_images_are_the_same_images_with_the_classes_they_show(whole,
     shown = open_source(folder, base=options["base"], relabel=True).shown
     assert labels == shown.classes(torch.from_numpy(np.stack([np.array(image)[None] for image in images])))
     assert labels != asked, "an untrained net draws what nobody asked for"
+    drawn, positions = evaluation.sampled(
+        open_source(folder, base=options["base"], relabel=True, num_inference_steps=1, seed=2), NAMES, 6
+    )
+    assert [NAMES[place] for place in positions] == labels and np.array_equal(drawn[0, 0], np.array(images[0]))
+    for weight in (0.0, -1.0):
+        with pytest.raises(UserError, match="--relabel.*--adapter_weight above 0"):
+            open_source(folder, base=options["base"], relabel=True, weights=[weight])
     words = ["--base", options["base"], "--num_images", "6", "--num_inference_steps", "1", "--seed", "2", "--relabel"]
     out = ["--output_dir", str(tmp_path / "out")]
     assert CliRunner().invoke(main, ["sample", "--adapter", str(folder), *words, *out]).exit_code == 0
