@@ -44,7 +44,7 @@ OMNIGLOT = {
     "Sanskrit": 42, "Tagalog": 17,
 }  # fmt: skip
 OF_A_FILE = {"_name_or_path": None, "_diffusers_version": None}  # says nothing of the net
-CODES = ("handwriting-codes", "handwriting-codes-features")
+CODES = ("handwriting-codes", "handwriting-codes-features", "handwriting-features-wide")
 NAMES = sorted([*AUTOENCODERS, *UNETS, *CODES, "handwriting-captions", "handwriting-features"])
 
 

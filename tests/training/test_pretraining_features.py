@@ -10,10 +10,11 @@ from PIL import Image
 
 from dp_peft_diffusion.diffusion.feature_net import FeatureNet
 from dp_peft_diffusion.errors import UserError
-from dp_peft_diffusion.evaluation.features import HANDWRITING, open_features
+from dp_peft_diffusion.evaluation.features import open_features
 from dp_peft_diffusion.pretraining import loop, pretrain
 from dp_peft_diffusion.pretraining.checkpoints import write_checkpoint
 from dp_peft_diffusion.pretraining.features import Recognition
+from dp_peft_diffusion.privacy.model_files import BUILTIN_BASES
 from dp_peft_diffusion.recipe import PretrainRecipe, load_pretrain_recipe, recipe_path, validate
 
 
@@ -82,11 +83,13 @@ def test_features_need_classes(recipe):
         validate(dataclasses.replace(recipe, label_column=None))
 
 
-def test_the_recipe_of_handwriting_features_describes_the_net_that_ships():
-    recipe = load_pretrain_recipe(recipe_path("handwriting-features"), {"dataset_name": "x"})
-    settings = json.loads((HANDWRITING / "config.json").read_text())
-    for name in ("resolution", "image_channels", "pixel_packing", "layers_per_block", "norm_num_groups"):
-        assert settings[name] == getattr(recipe, name)
+@pytest.mark.parametrize("name", ["handwriting-features", "handwriting-features-wide"])
+def test_a_recipe_of_features_describes_the_net_that_ships(name):
+    recipe = load_pretrain_recipe(recipe_path(name), {"dataset_name": "x"})
+    folder = BUILTIN_BASES / name.replace("-", "_")
+    settings = json.loads((folder / "config.json").read_text())
+    for option in ("resolution", "image_channels", "pixel_packing", "layers_per_block", "norm_num_groups"):
+        assert settings[option] == getattr(recipe, option)
     assert tuple(settings["block_out_channels"]) == recipe.block_out_channels and recipe.characters and recipe.invert
-    net = FeatureNet.from_pretrained(HANDWRITING)
-    assert f"{sum(p.numel() for p in net.parameters()):,}\n# weights" in recipe_path("handwriting-features").read_text()
+    net = FeatureNet.from_pretrained(folder)
+    assert f"{sum(p.numel() for p in net.parameters()):,}\n# weights" in recipe_path(name).read_text()
