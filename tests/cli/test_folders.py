@@ -125,7 +125,7 @@ def test_sample_passes_everything_on_and_leaves_the_rest_to_the_recipe(generatio
     assert result.exit_code == 0, result.output
     settings = dict.fromkeys(("class_labels", "scheduler", "num_inference_steps", "guidance_scale", "base"))
     settings |= {"prompts": (), "seed": 0, "batch_size": None, "dtype": torch.float32}
-    settings |= {"weights": (1.0,), "unmerged": False}
+    settings |= {"weights": (1.0,), "unmerged": False, "relabel": False}
     asked = generation.asked[0][1]
     assert asked.pop("device") in ("cpu", "cuda")
     assert generation.asked == [([adapter.folder], settings)]
@@ -143,7 +143,7 @@ def test_class_labels_are_names_or_positions_and_a_name_comes_first(generation, 
 def test_options_of_sample_reach_what_they_are_for(generation, adapter, tmp_path):
     (tmp_path / "prompts.txt").write_text("one\n\n  two, three \n", encoding="utf-8")
     words = ["--prompt", "a, b", "--prompt", "c", "--prompts_file", tmp_path / "prompts.txt", "--batch_size", 2]
-    words += ["--dtype", "bfloat16", "--first_image", 7, "--parquet", "--output_dir", tmp_path / "out"]
+    words += ["--dtype", "bfloat16", "--first_image", 7, "--parquet", "--relabel", "--output_dir", tmp_path / "out"]
     words += [
         "--scheduler",
         "fidelity",
@@ -161,6 +161,7 @@ def test_options_of_sample_reach_what_they_are_for(generation, adapter, tmp_path
     asked = generation.asked[0][1]
     assert asked["prompts"] == ("a, b", "c", "one", "two, three")
     assert (asked["batch_size"], asked["dtype"], asked["scheduler"]) == (2, torch.bfloat16, "fidelity")
+    assert asked["relabel"] is True
     assert (asked["num_inference_steps"], asked["guidance_scale"], asked["seed"], asked["base"]) == (9, 1.5, 4, "b")
     numbers = {"num_images": 64, "first_image": 7, "parquet": True}
     assert generation.written == [(tmp_path / "out", "source", numbers)]

@@ -126,7 +126,9 @@ def test_xl_is_told_sizes_and_pooled_text_as_its_pipeline_tells_it(bases, folder
     with torch.no_grad():
         told = {"text_embeds": text["text_embeds"], "time_ids": sizes.repeat(n, 1)}
         wanted = pipeline.unet(noisy, times, text["encoder_hidden_states"], added_cond_kwargs=told).sample
-        assert torch.equal(base.predict(base.unet, noisy, times, text), wanted)
+        assert torch.equal(base.predict(pipeline.unet, noisy, times, text), wanted)
+    own = base.unet.state_dict()  # two nets round alike only where their weights lie alike in memory
+    assert all(torch.equal(own[name], value) for name, value in pipeline.unet.state_dict().items())
 
 
 @pytest.mark.parametrize("family", BASES)

@@ -174,7 +174,7 @@ def test_a_certified_folder_takes_no_other_autoencoder(kind, tmp_path, base_fold
     assert open_source(folder, base=str(same)).base.is_latent
     config = json.loads((other / "vqvae" / "config.json").read_text())
     (other / "vqvae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 5.0}))
-    with pytest.warns(UserWarning, match="trained on ./latent_vq, and .*other is another base: autoencoder or text"):
+    with pytest.warns(UserWarning, match="trained on ./latent_vq, and .*other is another base: autoencoder, text"):
         assert open_source(folder, base=str(other)).base.vae.config.scaling_factor == 5.0
     del facts["base"]["parts_sha256"]  # a certificate of before
     certificate.write(folder, facts)
