@@ -186,7 +186,7 @@ def _write_grid(path: Path, files: list[Path]) -> None:
     if files[0].suffix == ".parquet":
         rows = pq.ParquetFile(files[0]).iter_batches(GRID_IMAGES, columns=["image"])
         opened = [BytesIO(row["image"]["bytes"]) for row in next(rows).to_pylist()]
-    side = Image.open(opened[0]).width
+    side = _pixels(opened[:1]).shape[3]
     images = _pixels(opened[: max(1, GRID_SIDE // side) ** 2])
     grid = image_grid(images, columns=min(20, int(len(images) ** 0.5)), zoom=2 if side <= 64 else 1)
     write_durably(path, _png(grid))
