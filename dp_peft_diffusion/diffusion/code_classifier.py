@@ -61,7 +61,7 @@ def moments_of_rows(base: BaseModel, rows: Sequence[int], label: str) -> tuple[T
         UserError: too few rows, or rows that are no codes; `label` is their class.
     """
     directions = unit_code_directions(base).double().cpu()  # (d, dim): told = codes @ directions
-    needed = max(3, len(directions) // 2)  # measured: a fifth of that labels worse than what was asked for
+    needed = max(3, len(directions) // 2)  # of a few, covariances are mostly shrinkage
     if len(rows) < needed:
         raise UserError(
             f"--relabel: class {label!r} has {len(rows)} class rows, which say too little of what it looks like. Leave "
